@@ -1,0 +1,150 @@
+"""Checkpoints of others, read by strict key tables: the authors' AiT and timm's ViT.
+
+Every key of a foreign checkpoint is renamed, left out for a stated reason, or an error that names it.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .ait import AssociativeTransformer
+
+__all__ = ['checkpoint_filter_fn', 'convert_authors', 'convert_vit', 'is_authors']
+
+StateDict = dict[str, Tensor]
+
+# https://github.com/yuweisunn/associative-transformer (vit_hn.py, ait.py, MHA.py)
+AUTHORS_KEYS = {
+    'to_patch_embedding.1': 'patch_embed.patch_norm',
+    'to_patch_embedding.2': 'patch_embed.proj',
+    'to_patch_embedding.3': 'patch_embed.norm',
+    'question_to_embedding.0': 'question_embed.0',
+    'question_to_embedding.1': 'question_embed.1',
+    'question_to_embedding.2': 'question_embed.2',
+    'mlp_head.0': 'fc_norm',
+    'mlp_head.1': 'head',
+}
+AUTHORS_BLOCK_KEYS = {
+    '0.norm': 'norm1',
+    '0.fn.to_qkv': 'attn.qkv',
+    '0.fn.to_out.0': 'attn.proj',
+    '1.norm': 'norm2',
+    '1.fn.fc1': 'mlp.fc1',
+    '1.fn.fc2': 'mlp.fc2',
+    '1.fn.fc3': 'mlp.lift',
+    '1.fn.norm': 'mlp.norm',
+    '1.fn.memoryupdate.mha.w_qs': 'mlp.query',
+    '1.fn.memoryupdate.mha.w_ks': 'mlp.key',
+    '1.fn.memoryupdate.mha.w_vs': 'mlp.value',
+    '1.fn.memoryupdate.mha.fc': 'mlp.proj',
+    '1.fn.memoryupdate.mha.layer_norm': 'mlp.write_norm',
+}
+# Parameters that the authors' forward never reads, and their decay, which is an argument here.
+AUTHORS_UNUSED = re.compile(
+    r'cls_token|pos_embedding|to_patch_embedding_cnn\.0\.(weight|bias)|transformer\.layers\.\d+\.1\.fn\.memoryupdate\.beta'
+)
+# What a workspace has and a ViT has not: keeps the model's own values.
+WORKSPACE_KEYS = re.compile(
+    r'blocks\.\d+\.mlp\.((norm|write_norm|lift)\.(weight|bias)|(query|key|value|proj)\.weight|memory)'
+)
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: 'AssociativeTransformer') -> StateDict:
+    """Bring a checkpoint into the names and shapes of ``model``: our own, the authors' or that of a timm ViT.
+
+    A ViT's checkpoint lacks the workspace, which keeps the model's own values. A position embedding is resampled to
+    the model's image size.
+
+    Raises:
+        ValueError: For keys that the model does not have, or lacks (but for a classifier).
+    """
+    state_dict = state_dict.get('state_dict', state_dict.get('model', state_dict))  # type: ignore[assignment]
+    state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    own = model.state_dict()
+    if is_authors(state_dict):
+        state_dict = convert_authors(state_dict, model.patch_embed.patch_size)
+    elif not any(key.endswith('mlp.memory') for key in state_dict):
+        state_dict = convert_vit(state_dict, own)
+    state_dict = _fit_stem(state_dict, model)
+    _check_keys(state_dict, own)
+    return state_dict
+
+
+def is_authors(state_dict: StateDict) -> bool:
+    """Whether these are the names of the authors' model."""
+    return any(key.startswith('transformer.layers.') for key in state_dict)
+
+
+def convert_authors(state_dict: StateDict, patch_size: tuple[int, int]) -> StateDict:
+    """Rename a checkpoint of the authors' code, undo its pixel order and the interleaved heads before ``W_O``.
+
+    Raises:
+        ValueError: For a key that their model does not have.
+    """
+    converted = {}
+    for key, value in state_dict.items():
+        if AUTHORS_UNUSED.fullmatch(key):
+            continue
+        new_key = _authors_key(key)
+        if new_key in ('patch_embed.patch_norm.weight', 'patch_embed.patch_norm.bias', 'patch_embed.proj.weight'):
+            value = _channels_first(value, patch_size)
+        elif new_key.endswith('mlp.proj.weight'):
+            value = value.unflatten(1, (value.shape[0], -1)).transpose(1, 2).flatten(1)  # (D, D*S) -> (D, S*D)
+        converted[new_key] = value
+    return converted
+
+
+def _authors_key(key: str) -> str:
+    block = re.fullmatch(r'transformer\.layers\.(\d+)\.(.+)', key)
+    if block and block[2] == '1.fn.memoryupdate.memory':
+        return f'blocks.{block[1]}.mlp.memory'
+    stem, _, leaf = (block[2] if block else key).rpartition('.')
+    table = AUTHORS_BLOCK_KEYS if block else AUTHORS_KEYS
+    if stem not in table:
+        raise ValueError(f"the authors' model has no parameter {key!r}; is this a checkpoint of their AiT?")
+    return f'blocks.{block[1]}.{table[stem]}.{leaf}' if block else f'{table[stem]}.{leaf}'
+
+
+def _channels_first(value: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Pixels of a patch from the authors' order to that of a convolution: (..., P*P*C) -> (..., C, P, P)."""
+    pixels = value.unflatten(-1, (*patch_size, -1)).movedim(-1, -3)  # (..., P*P*C) -> (..., C, P, P)
+    return pixels.flatten() if value.ndim == 1 else pixels.contiguous()
+
+
+def convert_vit(state_dict: StateDict, own: StateDict) -> StateDict:
+    """Add to the checkpoint of a ViT what a workspace needs beside it, from the state dict ``own`` of the model."""
+    return {**{key: value for key, value in own.items() if WORKSPACE_KEYS.fullmatch(key)}, **state_dict}
+
+
+def _fit_stem(state_dict: StateDict, model: 'AssociativeTransformer') -> StateDict:
+    """Resample a position embedding to the model's grid, and a norm over the pixels of a patch to its channels."""
+    from timm.layers import resample_abs_pos_embed
+
+    pos_embed = state_dict.get('pos_embed')
+    if pos_embed is not None and model.pos_embed is not None and pos_embed.shape[1] != model.pos_embed.shape[1]:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        grid = model.patch_embed.grid_size
+        pos_embed = resample_abs_pos_embed(pos_embed, new_size=grid, num_prefix_tokens=prefix)
+        state_dict = {**state_dict, 'pos_embed': pos_embed}
+    for key in ('patch_embed.patch_norm.weight', 'patch_embed.patch_norm.bias'):
+        pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1]
+        if key in state_dict and state_dict[key].numel() != model.in_chans * pixels:
+            per_pixel = state_dict[key].view(-1, pixels).mean(dim=0)  # timm sums or repeats the projection itself
+            state_dict = {**state_dict, key: per_pixel.repeat(model.in_chans)}
+    return state_dict
+
+
+def _check_keys(state_dict: StateDict, own: StateDict) -> None:
+    unknown = sorted(set(state_dict) - set(own) - {'head.weight', 'head.bias'})
+    missing = sorted(set(own) - set(state_dict) - {'head.weight', 'head.bias'})
+    if unknown or missing:
+        raise ValueError(
+            f'the checkpoint does not fit the model: unknown keys {_some(unknown)}, missing keys {_some(missing)}; '
+            'create the model that it was made with (depth, global_pool, class_token, slots)'
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return ', '.join(keys[:5]) + (f' and {len(keys) - 5} more' if len(keys) > 5 else '') if keys else 'none'

@@ -1,0 +1,393 @@
+"""The global workspace layer of the Associative Transformer.
+
+Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv.org/abs/2309.12862
+
+Symbols, as in the paper: B images of N tokens of width E; a memory ``gamma`` of M slots of width D << E;
+S write heads; a bottleneck of k tokens a slot. Where a line differs from the authors' published code
+(https://github.com/yuweisunn/associative-transformer) a NOTE says why.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ['GlobalWorkspace', 'MemoryWrite', 'balance_loss', 'bottleneck_attention', 'hopfield_energy', 'squash']
+
+WRITE_MODES = ('train', 'always', 'never')
+
+
+class MemoryWrite(NamedTuple):
+    """What one batch does to the memory.
+
+    Attributes:
+        memory: (M, D) the memory after the write; its graph is cut unless ``write_grad``.
+        balance_loss: () the weighted balance loss of this write, differentiable.
+        before: (M, D) the memory before the write.
+        message: (S, M, D) what each head has read for each slot, without graph; NaN where a token is not finite.
+        log_mass: (S, M) log of the summed exponentials behind ``message``: its weight beside other ranks' messages.
+    """
+
+    memory: Tensor
+    balance_loss: Tensor
+    before: Tensor
+    message: Tensor
+    log_mass: Tensor
+
+
+def squash(h: Tensor) -> Tensor:
+    """Let the tokens of all images of the batch compete: (B, N, E) -> (B*N, E) (section 3.2)."""
+    return h.flatten(0, -2)
+
+
+def bottleneck_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, bottleneck: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Let every slot of every head attend to the ``bottleneck`` tokens it scores highest (section 3.2).
+
+    Args:
+        queries: (S, M, D), float32 or wider.
+        keys: (T, S, D), T the tokens of the whole batch.
+        values: (T, S, D).
+        bottleneck: k, cut to T where it is larger.
+
+    Returns:
+        message (S, M, D), gates (S, M, k), chosen tokens (S, M, k), log of the gates' normaliser (S, M).
+    """
+    T, S, D = keys.shape
+    logits = torch.matmul(queries / math.sqrt(D), keys.to(queries.dtype).permute(1, 2, 0))  # (S, M, T)
+    top_logits, tokens = logits.topk(min(bottleneck, T), dim=-1, sorted=False)
+    gates = top_logits.softmax(dim=-1)
+    # One row of `values` per (token, head); embedding_bag sums rows by weight without a (S, M, k, D) copy.
+    rows = tokens * S + torch.arange(S, device=tokens.device).view(S, 1, 1)
+    message = F.embedding_bag(
+        rows.flatten(0, 1),  # (S, M, k) -> (S*M, k)
+        values.to(gates.dtype).reshape(T * S, D),  # (T, S, D) -> (T*S, D)
+        mode='sum',
+        per_sample_weights=gates.flatten(0, 1),  # (S, M, k) -> (S*M, k)
+    )
+    return message.view_as(queries), gates, tokens, top_logits.detach().logsumexp(dim=-1)
+
+
+def balance_loss(gates: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+    """Squared coefficients of variation of the tokens' importance and load, summed over heads (section 3.2).
+
+    ``importance_j = sum_m g_mj`` and ``load_j = #{m : g_mj > 0}``; the load has no gradient.
+
+    Args:
+        gates: (S, M, k) attention of each slot over the tokens it chose.
+        tokens: (S, M, k) which tokens these are, in [0, num_tokens).
+        num_tokens: T, tokens in the batch.
+
+    Returns:
+        (), zero where there is one token only.
+    """
+    if num_tokens == 1:
+        return gates.new_zeros(())
+
+    def per_token(share: Tensor) -> Tensor:  # (S, M, k) -> (S, T), never (S, M, T)
+        return share.new_zeros(share.shape[0], num_tokens).scatter_add(1, tokens.flatten(1), share.flatten(1))
+
+    def cv_squared(x: Tensor) -> Tensor:
+        return x.var(dim=-1) / (x.mean(dim=-1).square() + 1e-10)
+
+    return (cv_squared(per_token(gates)) + cv_squared(per_token((gates > 0).to(gates.dtype)))).sum()
+
+
+def hopfield_energy(state: Tensor, attractors: Tensor, beta: float = 1.0) -> Tensor:
+    """Energy of the continuous Hopfield network, which no retrieval step raises (equation 7).
+
+    ``E(xi) = -lse(beta, a xi) + xi.xi / 2 + ln(M) / beta + max_i |a_i|^2 / 2``
+
+    Args:
+        state: (..., E) states ``xi``.
+        attractors: (M, E) stored patterns ``a``.
+        beta: Inverse temperature, > 0.
+
+    Returns:
+        (...) energies, at least zero.
+    """
+    lse = torch.logsumexp(beta * state @ attractors.t(), dim=-1) / beta
+    norm = attractors.square().sum(dim=-1).max()
+    return -lse + 0.5 * state.square().sum(dim=-1) + math.log(attractors.shape[0]) / beta + 0.5 * norm
+
+
+class GlobalWorkspace(nn.Module):
+    """Feed-forward layer of an Associative Transformer block; a drop-in for timm's ``Mlp``.
+
+    With ``h = LN(W2 GELU(W1 x))`` the layer returns ``h + r``: tokens write into the memory through top-k attention,
+    and ``r = softmax(beta h a^T) a`` reads, for every token, the attractors ``a = W_LT gamma + b`` back.
+
+    The state is one buffer, ``memory`` (M, D), float32 or wider whatever the dtype of the model. It is only ever
+    written by :meth:`commit`, and read as rows of unit length.
+
+    Args:
+        in_features: E.
+        hidden_features: Width of the feed-forward part, E by default.
+        num_slots: M.
+        slot_dim: D.
+        write_heads: S.
+        bottleneck: k, tokens a slot may read per head; more than there are means all.
+        beta: Inverse temperature of the retrieval.
+        memory_decay: Share of the old memory that a write keeps.
+        balance_weight: Weight of the balance loss; 0 computes none.
+        retrieval_steps: Hopfield updates per token.
+        write_mode: 'train' writes in training mode only, 'always' in evaluation too (as the authors do), 'never' not
+            at all.
+        write_grad: Whether the task's gradient reaches the write through this batch's retrieval. Parameters that can
+            get no gradient are frozen.
+        bias: Biases in the feed-forward part.
+        drop: Dropout of the feed-forward part.
+        act_layer: Activation of the feed-forward part.
+        norm_layer: Norm between activation and second projection, as in timm's ``Mlp``; the paper has none.
+
+    Raises:
+        ValueError: For an argument out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        num_slots: int = 32,
+        slot_dim: int = 32,
+        write_heads: int = 8,
+        bottleneck: int = 512,
+        beta: float = 1.0,
+        memory_decay: float = 0.9,
+        balance_weight: float = 0.01,
+        retrieval_steps: int = 1,
+        write_mode: str = 'train',
+        write_grad: bool = True,
+        bias: bool = True,
+        drop: float = 0.0,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_arguments(
+            num_slots,
+            slot_dim,
+            write_heads,
+            bottleneck,
+            beta,
+            memory_decay,
+            balance_weight,
+            retrieval_steps,
+            write_mode,
+        )
+        dd = {'device': device, 'dtype': dtype}
+        hidden_features = hidden_features or in_features
+        self.in_features = in_features
+        self.num_slots, self.slot_dim, self.write_heads = num_slots, slot_dim, write_heads
+        self.bottleneck = bottleneck
+        self.beta = float(beta)
+        self.memory_decay = float(memory_decay)
+        self.balance_weight = float(balance_weight)
+        self.retrieval_steps = retrieval_steps
+        self.write_mode = write_mode
+        self.write_grad = write_grad
+
+        # 1. feed-forward, normalised on its output
+        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, **dd)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.hidden_norm = norm_layer(hidden_features, **dd) if norm_layer is not None else nn.Identity()
+        self.fc2 = nn.Linear(hidden_features, in_features, bias=bias, **dd)
+        self.norm = nn.LayerNorm(in_features, **dd)
+        self.drop2 = nn.Dropout(drop)
+        # 3. bottleneck write: W_Q, W_K, W_V, W_O and the norm of the new memory
+        self.query = nn.Linear(slot_dim, write_heads * slot_dim, bias=False, **dd)
+        self.key = nn.Linear(in_features, write_heads * slot_dim, bias=False, **dd)
+        self.value = nn.Linear(in_features, write_heads * slot_dim, bias=False, **dd)
+        self.proj = nn.Linear(write_heads * slot_dim, slot_dim, bias=False, **dd)
+        self.write_norm = nn.LayerNorm(slot_dim, eps=1e-6, **dd)
+        # 4. explicit memory
+        memory_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.register_buffer('memory', torch.empty(num_slots, slot_dim, device=device, dtype=memory_dtype))
+        # 5. linear transform W_LT, from the width of a slot to that of a token
+        self.lift = nn.Linear(slot_dim, in_features, **dd)
+
+        self.last_write: MemoryWrite | None = None
+        self.reset_memory()
+        self._freeze_untrained()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Write the tokens ``x`` (B, N, E) into the memory where the mode says so, and read it: (B, N, E)."""
+        if torch.jit.is_scripting() or not self.is_writing():  # TorchScript is for deployment: it reads only
+            return self.retrieve(self.feed_forward(x), self.memory)
+        x, write = self.step(x, self.memory.clone())
+        self.commit(write)
+        return x
+
+    @torch.jit.unused
+    def step(self, x: Tensor, memory: Tensor) -> tuple[Tensor, MemoryWrite]:
+        """The layer as a function of tokens (B, N, E) and memory (M, D), without side effect.
+
+        Gradient checkpointing runs it twice, with the same memory. Returns the tokens (B, N, E) and the write.
+        """
+        h = self.feed_forward(x)
+        write = self.write(squash(h), memory)
+        return self.retrieve(h, write.memory), write
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """``h = LN(W2 GELU(W1 x))``: (B, N, E) -> (B, N, E)."""
+        x = self.hidden_norm(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(self.norm(self.fc2(x)))
+
+    @torch.jit.unused
+    def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
+        """Bottleneck write of the squashed tokens ``h`` (T, E) into ``memory`` (M, D)."""
+        S, D = self.write_heads, self.slot_dim
+        keys = self.key(h).unflatten(-1, (S, D))  # (T, S*D) -> (T, S, D)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.write_grad):
+            values = self.value(h).unflatten(-1, (S, D))  # (T, S*D) -> (T, S, D)
+        with torch.autocast(h.device.type, enabled=False):  # selection, softmax and EWMA stay in float32
+            queries = F.linear(memory, self.query.weight.to(memory.dtype)).unflatten(-1, (S, D)).transpose(0, 1)
+            message, gates, tokens, log_mass = bottleneck_attention(queries, keys, values, self.bottleneck)
+            loss = gates.new_zeros(())
+            if self.balance_weight > 0:
+                loss = self.balance_weight * balance_loss(gates, tokens, num_tokens=h.shape[0])
+            is_finite = (keys.detach().sum(dtype=memory.dtype) + message.detach().sum()).isfinite()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.write_grad):
+                message = message.where(is_finite, torch.nan)
+                new = self.ewma(memory, message)
+        return MemoryWrite(new, loss, memory, message.detach(), log_mass.where(is_finite, -torch.inf))
+
+    @torch.jit.unused
+    def ewma(self, memory: Tensor, message: Tensor) -> Tensor:
+        """Explicit memory: ``gamma <- normalise(decay gamma + (1 - decay) LN(W_O message + gamma))``.
+
+        Args:
+            memory: (M, D) old memory.
+            message: (S, M, D) what the heads have read.
+
+        Returns:
+            (M, D) new memory of unit rows; the old one where the message is not finite.
+        """
+        # NOTE the authors concatenate the heads interleaved, (D, S); here W_O reads (S, D), as multi-head
+        # attention does elsewhere. `convert.py` permutes their columns.
+        update = F.linear(message.transpose(0, 1).flatten(1), self.proj.weight.to(memory.dtype))  # (M, S*D) -> (M, D)
+        weight, bias = self.write_norm.weight.to(memory.dtype), self.write_norm.bias.to(memory.dtype)
+        update = F.layer_norm(update + memory, (self.slot_dim,), weight, bias, self.write_norm.eps)
+        new = F.normalize(torch.lerp(memory, update, 1 - self.memory_decay), dim=-1)
+        return torch.where(new.detach().sum().isfinite(), new, memory)
+
+    def retrieve(self, h: Tensor, memory: Tensor) -> Tensor:
+        """Linear transform and Hopfield retrieval, ``h + softmax(beta h a^T) a``: (B, N, E) -> (B, N, E)."""
+        # Rows of unit length whatever was stored: a first random memory, or the mean of several (weight averaging).
+        attractors = self.lift(F.normalize(memory, dim=-1).to(self.lift.weight.dtype))  # (M, D) -> (M, E)
+        state = h
+        for _ in range(self.retrieval_steps):
+            logits = self.beta * torch.matmul(state, attractors.t())
+            state = torch.matmul(logits.softmax(dim=-1, dtype=memory.dtype).to(attractors.dtype), attractors)
+        return h + state
+
+    @torch.jit.unused
+    def commit(self, write: MemoryWrite) -> None:
+        """Store what a write has left; the only place where the memory changes."""
+        with torch.no_grad():
+            self.memory.copy_(write.memory)
+        self.last_write = write
+
+    @torch.jit.unused
+    def rewrite(self, message: Tensor) -> None:
+        """Replace the message (S, M, D) of the last write, by that of all ranks."""
+        if self.last_write is not None:
+            self.commit(self.last_write._replace(memory=self.ewma(self.last_write.before, message)))
+
+    @torch.jit.unused
+    def is_writing(self) -> bool:
+        """Whether a forward would write, in the present mode."""
+        return self.write_mode == 'always' or (self.training and self.write_mode == 'train')
+
+    @torch.jit.unused
+    def balance_loss(self) -> Tensor:
+        """Balance loss () of the last write, weighted and differentiable; zero where there was none."""
+        if self.last_write is None:
+            return self.memory.new_zeros(())
+        return self.last_write.balance_loss
+
+    @torch.jit.ignore
+    def reset_memory(self) -> None:
+        """Start from random slots, as the authors do: N(0, 1), of unit length only when read."""
+        nn.init.normal_(self.memory)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise what the paper adds to a feed-forward layer as the authors do: by PyTorch's defaults.
+
+        timm's initialisation calls this after that of the layers inside.
+        """
+        for layer in (self.query, self.key, self.value, self.proj, self.write_norm, self.lift):
+            layer.reset_parameters()
+        self.reset_memory()
+
+    def _freeze_untrained(self) -> None:
+        """Freeze the parameters that no gradient can reach, or DistributedDataParallel waits for them for ever."""
+        reads_gates = self.write_grad or self.balance_weight > 0
+        trained = {
+            self.query: reads_gates,
+            self.key: reads_gates,
+            self.value: self.write_grad,
+            self.proj: self.write_grad,
+            self.write_norm: self.write_grad,
+        }
+        for layer, is_trained in trained.items():
+            layer.requires_grad_(is_trained and self.write_mode != 'never')
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'GlobalWorkspace':
+        """Move or cast the module, but never narrow the memory below float32: its moves are a tenth of a step."""
+        kept = self.memory
+        super()._apply(fn, recurse)
+        if self.memory.dtype in (torch.float16, torch.bfloat16):
+            self.memory = kept.to(self.memory.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, 'last_write': None}  # its graph belongs to the step, not to the module
+
+    def extra_repr(self) -> str:
+        return (
+            f'slots=({self.num_slots}, {self.slot_dim}), write_heads={self.write_heads}, bottleneck={self.bottleneck}, '
+            f'beta={self.beta:g}, memory_decay={self.memory_decay:g}, balance_weight={self.balance_weight:g}, '
+            f'retrieval_steps={self.retrieval_steps}, write_mode={self.write_mode!r}, write_grad={self.write_grad}'
+        )
+
+
+def _check_arguments(
+    num_slots: int,
+    slot_dim: int,
+    write_heads: int,
+    bottleneck: int,
+    beta: float,
+    memory_decay: float,
+    balance_weight: float,
+    retrieval_steps: int,
+    write_mode: str,
+) -> None:
+    counts = {
+        'num_slots': num_slots,
+        'slot_dim': slot_dim,
+        'write_heads': write_heads,
+        'bottleneck': bottleneck,
+        'retrieval_steps': retrieval_steps,
+    }
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f'{name} must be an integer of at least 1, got {value!r}; leave it out for the default')
+    if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
+        raise ValueError(f'beta must be a finite number above 0, got {beta!r}; the paper uses 1.0')
+    if not (isinstance(memory_decay, (int, float)) and 0 <= memory_decay <= 1):
+        raise ValueError(f'memory_decay must lie in [0, 1], got {memory_decay!r}; the paper uses 0.9')
+    if not (isinstance(balance_weight, (int, float)) and 0 <= balance_weight < math.inf):
+        raise ValueError(
+            f'balance_weight must be a finite number of at least 0, got {balance_weight!r}; 0 turns it off'
+        )
+    if write_mode not in WRITE_MODES:
+        raise ValueError(f'write_mode must be one of {WRITE_MODES}, got {write_mode!r}')
