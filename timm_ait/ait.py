@@ -143,6 +143,7 @@ class AssociativeTransformer(VisionTransformer):
         retrieval_steps: Hopfield updates per token.
         write_mode: 'train', 'always' or 'never'.
         write_grad: Whether the task trains the write.
+        retrieval_scale: None for the paper's blocks; a number keeps a ViT's own path and starts the retrieval so scaled.
         global_pool: One of timm's, or 'flatten': the classifier reads all tokens side by side, as in the paper.
         fc_norm: As in timm; with 'flatten' a LayerNorm over the flattened tokens unless False.
         weight_init: As in timm; 'skip' keeps PyTorch's own initialisation, which is the authors'.
@@ -166,6 +167,7 @@ class AssociativeTransformer(VisionTransformer):
         retrieval_steps: int = 1,
         write_mode: str = 'train',
         write_grad: bool = True,
+        retrieval_scale: float | None = None,
         global_pool: str = 'token',
         fc_norm: bool | None = None,
         weight_init: str = '',
@@ -187,6 +189,7 @@ class AssociativeTransformer(VisionTransformer):
             retrieval_steps=retrieval_steps,
             write_mode=write_mode,
             write_grad=write_grad,
+            retrieval_scale=retrieval_scale,
         )
         super().__init__(
             img_size=img_size,
@@ -412,18 +415,13 @@ def ait_base_patch4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTr
 
 @register_model
 def test_ait(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
-    """A small AiT for tests and demos: 32x32 images, patch 4, depth 4, under 1 M parameters."""
+    """The paper's CIFAR model in small, for tests and demos: depth 4, width 128, 0.7 M parameters."""
     model_args = dict(
-        patch_size=4,
         embed_dim=128,
-        depth=4,
         num_heads=4,
         mlp_ratio=2.0,
-        class_token=False,
-        global_pool='avg',
         num_slots=16,
         slot_dim=16,
         write_heads=4,
-        bottleneck=64,
     )
-    return _create_ait('test_ait', pretrained, **dict(model_args, **kwargs))
+    return _create_ait('test_ait', pretrained, **_paper(4, dict(model_args, **kwargs)))

@@ -139,6 +139,8 @@ class GlobalWorkspace(nn.Module):
             at all.
         write_grad: Whether the task's gradient reaches the write through this batch's retrieval. Parameters that can
             get no gradient are frozen.
+        retrieval_scale: None returns ``h + r`` as the paper does. A number returns ``f + scale * r``, with ``f`` the
+            feed-forward output before its norm and ``scale`` (E,) learned from that number on: 0 starts as a ViT.
         bias: Biases in the feed-forward part.
         drop: Dropout of the feed-forward part.
         act_layer: Activation of the feed-forward part.
@@ -162,6 +164,7 @@ class GlobalWorkspace(nn.Module):
         retrieval_steps: int = 1,
         write_mode: str = 'train',
         write_grad: bool = True,
+        retrieval_scale: float | None = None,
         bias: bool = True,
         drop: float = 0.0,
         act_layer: Callable[..., nn.Module] = nn.GELU,
@@ -212,15 +215,20 @@ class GlobalWorkspace(nn.Module):
         self.register_buffer('memory', torch.empty(num_slots, slot_dim, device=device, dtype=memory_dtype))
         # 5. linear transform W_LT, from the width of a slot to that of a token
         self.lift = nn.Linear(slot_dim, in_features, **dd)
+        # 7. sum
+        self.retrieval_scale = retrieval_scale
+        self.scale = None if retrieval_scale is None else nn.Parameter(torch.empty(in_features, **dd))
 
         self.last_write: MemoryWrite | None = None
-        self.reset_memory()
+        self.reset_parameters()
         self._freeze_untrained()
 
     def forward(self, x: Tensor) -> Tensor:
         """Write the tokens ``x`` (B, N, E) into the memory where the mode says so, and read it: (B, N, E)."""
         if torch.jit.is_scripting() or not self.is_writing():  # TorchScript is for deployment: it reads only
-            return self.retrieve(self.feed_forward(x), self.memory)
+            f = self.feed_forward(x)
+            h = self.norm(f)
+            return self.sum(f, h, self.retrieve(h, self.memory))
         x, write = self.step(x, self.memory.clone())
         self.commit(write)
         return x
@@ -231,14 +239,15 @@ class GlobalWorkspace(nn.Module):
 
         Gradient checkpointing runs it twice, with the same memory. Returns the tokens (B, N, E) and the write.
         """
-        h = self.feed_forward(x)
+        f = self.feed_forward(x)
+        h = self.norm(f)
         write = self.write(squash(h), memory)
-        return self.retrieve(h, write.memory), write
+        return self.sum(f, h, self.retrieve(h, write.memory)), write
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """``h = LN(W2 GELU(W1 x))``: (B, N, E) -> (B, N, E)."""
+        """``f = W2 GELU(W1 x)``, whose norm ``h`` reads and writes: (B, N, E) -> (B, N, E)."""
         x = self.hidden_norm(self.drop1(self.act(self.fc1(x))))
-        return self.drop2(self.norm(self.fc2(x)))
+        return self.drop2(self.fc2(x))
 
     @torch.jit.unused
     def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
@@ -279,14 +288,19 @@ class GlobalWorkspace(nn.Module):
         return torch.where(new.detach().sum().isfinite(), new, memory)
 
     def retrieve(self, h: Tensor, memory: Tensor) -> Tensor:
-        """Linear transform and Hopfield retrieval, ``h + softmax(beta h a^T) a``: (B, N, E) -> (B, N, E)."""
+        """Linear transform and Hopfield retrieval, ``r = softmax(beta h a^T) a``: (B, N, E) -> (B, N, E)."""
         # Rows of unit length whatever was stored: a first random memory, or the mean of several (weight averaging).
         attractors = self.lift(F.normalize(memory, dim=-1).to(self.lift.weight.dtype))  # (M, D) -> (M, E)
         state = h
         for _ in range(self.retrieval_steps):
             logits = self.beta * torch.matmul(state, attractors.t())
             state = torch.matmul(logits.softmax(dim=-1, dtype=memory.dtype).to(attractors.dtype), attractors)
-        return h + state
+        return state
+
+    def sum(self, f: Tensor, h: Tensor, r: Tensor) -> Tensor:
+        """What the layer returns: ``h + r``, or ``f + scale * r`` on top of a ViT's own path."""
+        scale = self.scale
+        return h + r if scale is None else f + scale * r
 
     @torch.jit.unused
     def commit(self, write: MemoryWrite) -> None:
@@ -314,9 +328,11 @@ class GlobalWorkspace(nn.Module):
         return self.last_write.balance_loss
 
     @torch.jit.ignore
-    def reset_memory(self) -> None:
-        """Start from random slots, as the authors do: N(0, 1), of unit length only when read."""
+    def reset_parameters(self) -> None:
+        """Start from random slots N(0, 1) as the authors do, of unit length only when read, and the initial scale."""
         nn.init.normal_(self.memory)
+        if self.scale is not None:
+            nn.init.constant_(self.scale, self.retrieval_scale or 0.0)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -326,7 +342,7 @@ class GlobalWorkspace(nn.Module):
         """
         for layer in (self.query, self.key, self.value, self.proj, self.write_norm, self.lift):
             layer.reset_parameters()
-        self.reset_memory()
+        self.reset_parameters()
 
     def _freeze_untrained(self) -> None:
         """Freeze the parameters that no gradient can reach, or DistributedDataParallel waits for them for ever."""
