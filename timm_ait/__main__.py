@@ -1,0 +1,36 @@
+"""Run a script with the models registered: ``python -m timm_ait SCRIPT.py ARGS...``, also under ``torchrun -m``.
+
+For the scripts of timm that have no ``--device-modules``: validate.py, benchmark.py, inference.py, onnx_export.py, ...
+The script sees what it would see if it were called directly: its own ``sys.argv``, ``__main__`` and first import path.
+"""
+
+import os
+import runpy
+import sys
+
+import timm_ait  # noqa: F401  registers the models
+
+USAGE = 'usage: python -m timm_ait SCRIPT.py [ARGS...]'
+
+
+def main() -> None:
+    """Run the script that the command line names.
+
+    Raises:
+        SystemExit: With code 2 where it names none, or none that exists.
+    """
+    script, *args = sys.argv[1:] or ['-h']
+    if script in ('-h', '--help'):
+        print(f'{USAGE}\n\n{__doc__}', file=sys.stdout if len(sys.argv) > 1 else sys.stderr)
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    if not os.path.isfile(script):
+        print(f'{USAGE}\nno script at {os.path.abspath(script)!r}; give the path of a Python file', file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [script, *args]
+    if not sys.flags.safe_path if sys.version_info >= (3, 11) else True:
+        sys.path[0] = os.path.dirname(os.path.abspath(script))
+    runpy.run_path(script, run_name='__main__')
+
+
+if __name__ == '__main__':
+    main()
