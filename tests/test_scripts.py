@@ -1,0 +1,151 @@
+"""timm's own, unmodified scripts, for whoever names a checkout of timm in TIMM_CHECKOUT."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torchvision.transforms.functional import to_pil_image
+
+import timm_ait  # noqa: F401
+
+CHECKOUT = os.environ.get('TIMM_CHECKOUT', '')
+RECIPES = sorted((Path(__file__).parents[1] / 'benchmarks' / 'recipes').glob('*.yaml'))
+CLASSES = 3
+TOY = ['--num-classes', str(CLASSES), '--train-split', 'train', '--val-split', 'test', '--device', 'cpu']
+TOY += ['--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--workers', '1', '--batch-size', '12']
+TOY += ['--validation-batch-size', '16', '--opt', 'adamw', '--lr', '1e-3']
+
+pytestmark = pytest.mark.skipif(
+    not Path(CHECKOUT, 'train.py').is_file(), reason='TIMM_CHECKOUT names no checkout of timm with train.py'
+)
+
+
+@pytest.fixture(scope='module')
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the scripts, out of the checkout whose timm they would import, and images of three colours."""
+    folder = tmp_path_factory.mktemp('bench')
+    for script in Path(CHECKOUT).glob('*.py'):
+        shutil.copy(script, folder)
+    torch.manual_seed(0)
+    for split, count in (('train', 24), ('test', 7)):
+        for label in range(CLASSES):
+            (folder / 'data' / split / f'class{label}').mkdir(parents=True)
+            for i in range(count):
+                image = 0.3 * torch.rand(3, 32, 32)
+                image[label] += 0.5
+                to_pil_image(image).save(folder / 'data' / split / f'class{label}' / f'{label}_{i}.png')
+    return folder
+
+
+def run(bench: Path, *args: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *args], cwd=bench, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def train(bench: Path, name: str, *args: str) -> tuple[str, Path]:
+    shutil.rmtree(bench / 'output' / name, ignore_errors=True)
+    common = ['--data-dir', 'data', '--output', 'output', '--experiment', name]
+    log = run(bench, 'train.py', '--device-modules', 'timm_ait', '--model', 'test_ait', *TOY, *common, *args)
+    return log, bench / 'output' / name
+
+
+def save_weights(bench: Path, name: str, **kwargs: object) -> str:
+    model = timm.create_model(name, num_classes=CLASSES, **kwargs)
+    save_file(model.state_dict(), bench / f'{name}.safetensors')
+    return str(bench / f'{name}.safetensors')
+
+
+SWITCHES = {
+    'default': '',
+    'bfloat16 and ema': '--amp --amp-dtype bfloat16 --model-ema --model-ema-decay 0.5',
+    'float16 scaler': '--amp --clip-grad 1.0',
+    'accumulation': '--grad-accum-steps 2',
+    'checkpointing': '--grad-checkpointing',
+    'compiled': '--torchcompile aot_eager',
+    'mixup': '--mixup 0.8 --cutmix 1.0',
+    'binary cross entropy': '--mixup 0.2 --bce-loss',
+    'jsd': '--jsd-loss --aug-splits 3 --aa augmix-m3-w2 --batch-size 6',
+    'layer decay': '--layer-decay 0.7 --drop-path 0.1',
+    'channels last': '--channels-last',
+    'bfloat16 model': '--model-dtype bfloat16',
+    'distillation': '--distill-loss-weight 0.5 --kd-model-name local-dir:teacher',
+    'scheduled sizes': '--model ait_small --model-kwargs embed_dim=64 num_heads=2 patch_size=8 dynamic_img_size=True '
+    '--img-size 32 --train-img-sizes 32 48',
+    'keywords': '--model-kwargs num_slots=7 beta=2.0 write_grad=False write_mode=always',
+}
+
+
+@pytest.mark.parametrize('name', SWITCHES)
+def test_train(bench: Path, name: str) -> None:
+    if name == 'distillation':
+        teacher = timm.create_model('test_vit', num_classes=CLASSES, img_size=32)
+        save_for_hf(teacher, str(bench / 'teacher'), model_args={'img_size': 32}, safe_serialization=True)
+    _, folder = train(bench, name, *SWITCHES[name].split())
+    with open(folder / 'summary.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1
+    assert float(rows[0]['eval_loss']) < 10
+    state = torch.load(folder / 'last.pth.tar', weights_only=False)['state_dict']
+    memory = state['blocks.0.mlp.memory']
+    torch.testing.assert_close(memory.norm(dim=-1), torch.ones(len(memory)))
+
+
+def test_validate_repeats_the_accuracy_of_training_at_every_batch_size(bench: Path) -> None:
+    _, folder = train(bench, 'accuracy', '--epochs', '3')
+    with open(folder / 'summary.csv') as file:
+        printed = round(float(list(csv.DictReader(file))[-1]['eval_top1']), 4)
+    for batch_size in ('1', '64', '256'):
+        result = folder / f'{batch_size}.json'
+        args = ['--model', 'test_ait', '--num-classes', str(CLASSES), '--data-dir', 'data', '--split', 'test']
+        args += ['--checkpoint', str(folder / 'last.pth.tar'), '--device', 'cpu', '--workers', '1', '-b', batch_size]
+        run(bench, '-m', 'timm_ait', 'validate.py', *args, '--results-file', str(result), '--results-format', 'json')
+        found = json.loads(result.read_text())
+        assert (found[0] if isinstance(found, list) else found)['top1'] == printed
+
+
+def test_resume_goes_on_where_the_run_stopped(bench: Path) -> None:
+    _, whole = train(bench, 'whole', '--epochs', '2')
+    _, first = train(bench, 'first', '--epochs', '1')
+    log, second = train(bench, 'second', '--epochs', '2', '--resume', str(first / 'last.pth.tar'))
+    assert 'Loaded checkpoint' in log
+    assert (second / 'summary.csv').read_text().count('\n') == 2  # the heading and the second epoch
+    assert torch.load(second / 'last.pth.tar', weights_only=False)['epoch'] == 1
+    assert (whole / 'last.pth.tar').exists()
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=[recipe.stem for recipe in RECIPES])
+def test_a_recipe_runs_at_toy_size(bench: Path, recipe: Path) -> None:
+    args = ['--pretrained-path', save_weights(bench, 'test_ait')] if 'finetune' in recipe.stem else []
+    log = run(
+        bench, 'train.py', '--config', str(recipe), '--data-dir', 'data', '--output', 'output',
+        '--experiment', recipe.stem, '--model', 'test_ait', *TOY, *args
+    )  # fmt: skip
+    assert 'Best metric' in log
+
+
+def test_other_scripts_run_through_the_launcher(bench: Path) -> None:
+    launcher = ['-m', 'timm_ait']
+    common = ['--model', 'test_ait', '--num-classes', str(CLASSES)]
+    log = run(bench, *launcher, 'benchmark.py', *common, '--device', 'cpu', '-b', '4', '--bench', 'inference',
+              '--num-bench-iter', '10', '--num-warm-iter', '1')  # fmt: skip
+    assert 'infer_samples_per_sec' in log
+    weights = ['--checkpoint', save_weights(bench, 'test_ait')]
+    run(bench, *launcher, 'inference.py', *common, *weights, '--data-dir', 'data/test', '--device', 'cpu', '-b', '4',
+        '--workers', '1', '--results-dir', 'inferred', '--topk', '1')  # fmt: skip
+    assert list((bench / 'inferred').iterdir())
+    log = run(bench, *launcher, 'bulk_runner.py', '--model-list', 'test_ait', '-m', '1', '--results-file', 'bulk.csv',
+              *launcher, 'validate.py', '--data-dir', 'data', '--split', 'test', '--device', 'cpu', '--workers', '1',
+              '--num-classes', str(CLASSES), *weights)  # fmt: skip
+    assert (bench / 'bulk.csv').exists(), log
