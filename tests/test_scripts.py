@@ -145,7 +145,7 @@ def test_other_scripts_run_through_the_launcher(bench: Path) -> None:
     run(bench, *launcher, 'inference.py', *common, *weights, '--data-dir', 'data/test', '--device', 'cpu', '-b', '4',
         '--workers', '1', '--results-dir', 'inferred', '--topk', '1')  # fmt: skip
     assert list((bench / 'inferred').iterdir())
-    log = run(bench, *launcher, 'bulk_runner.py', '--model-list', 'test_ait', '-m', '1', '--results-file', 'bulk.csv',
-              *launcher, 'validate.py', '--data-dir', 'data', '--split', 'test', '--device', 'cpu', '--workers', '1',
+    log = run(bench, *launcher, 'bulk_runner.py', '--model-list', 'test_ai*', '--results-file', 'bulk.csv', '-m', '1',
+              'timm_ait', 'validate.py', '--data-dir', 'data', '--split', 'test', '--device', 'cpu', '--workers', '1',
               '--num-classes', str(CLASSES), *weights)  # fmt: skip
     assert (bench / 'bulk.csv').exists(), log
