@@ -3,7 +3,9 @@
 Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv.org/abs/2309.12862
 """
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .balance import carry_balance_loss
-from .convert import checkpoint_filter_fn
+from .convert import fit_pretrained
 from .distributed import synchronize_memory
+from .pretrained import check_classes, fetch_weights, resolve_cfg
 from .workspace import GlobalWorkspace, MemoryWrite
 
 __all__ = ['AssociativeBlock', 'AssociativeTransformer', 'NormalizedPatchEmbed']
@@ -303,16 +306,34 @@ def _check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[in
         )
 
 
-def _create_ait(variant: str, pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
+def _create_ait(
+    variant: str,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> AssociativeTransformer:
+    """Build a variant; timm reads its weights from a file that was verified before."""
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
+    cfg = resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    check_classes(cfg, kwargs.get('pretrained_model_args'))
+    weights = fetch_weights(cfg, cache_dir) if pretrained else None
+    model = build_model_with_cfg(
         AssociativeTransformer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_cfg=replace(cfg, source=None, file=str(weights)) if weights else cfg,
+        pretrained_filter_fn=partial(
+            fit_pretrained, source=str(weights), replace_head=kwargs.get('features_only', False)
+        ),
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        cache_dir=cache_dir,
         **kwargs,
     )
+    # Where the weights came from, but not their hash, which does not hold for what is trained or saved from here on.
+    model.pretrained_cfg.update(source=cfg.source, file=cfg.file, notes=None)
+    return model
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -340,15 +361,16 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(**dict(cifar, **kwargs))
 
 
+# A tag has weights, for timm.list_pretrained and pretrained=True, where published() or packaged() names their file.
 default_cfgs = generate_default_cfgs(
     {
         'ait_small.untrained': _cfg(),
         'ait_medium.untrained': _cfg(),
         'ait_base.untrained': _cfg(),
-        'ait_small_patch4_32.untrained': _cifar_cfg(),
-        'ait_medium_patch4_32.untrained': _cifar_cfg(),
-        'ait_base_patch4_32.untrained': _cifar_cfg(),
-        'test_ait.untrained': _cifar_cfg(),
+        'ait_small_patch4_32.cifar10': _cifar_cfg(),
+        'ait_medium_patch4_32.cifar10': _cifar_cfg(),
+        'ait_base_patch4_32.cifar10': _cifar_cfg(),
+        'test_ait.cifar10': _cifar_cfg(),
     }
 )
 

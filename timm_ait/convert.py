@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .ait import AssociativeTransformer
 
-__all__ = ['checkpoint_filter_fn', 'convert_authors', 'convert_vit', 'is_authors']
+__all__ = ['checkpoint_filter_fn', 'convert_authors', 'convert_vit', 'fit_pretrained', 'is_authors']
 
 StateDict = dict[str, Tensor]
 
@@ -58,17 +58,52 @@ def checkpoint_filter_fn(state_dict: StateDict, model: 'AssociativeTransformer')
     the model's image size.
 
     Raises:
-        ValueError: For keys that the model does not have, or lacks (but for a classifier).
+        ValueError: For keys that the model does not have, or lacks, and for shapes that differ (but for a classifier).
     """
+    own = model.state_dict()
+    state_dict = _fit_stem(_own_names(state_dict, model), model)
+    _check_keys(state_dict, own)
+    _check_shapes(state_dict, own)
+    return state_dict
+
+
+def fit_pretrained(
+    state_dict: StateDict, model: 'AssociativeTransformer', source: str = '', replace_head: bool = False
+) -> StateDict:
+    """:func:`checkpoint_filter_fn` for timm's loading, which drops a classifier without a word where classes differ.
+
+    Args:
+        state_dict: What the file holds.
+        model: The model, with its ``pretrained_cfg``.
+        source: Names the file in errors.
+        replace_head: Whether the classifier goes whatever the number of classes, as for features alone.
+
+    Raises:
+        ValueError: As :func:`checkpoint_filter_fn`, and for values that are not finite, or a classifier that fits
+            neither the config nor what was asked for.
+    """
+    try:
+        promised = model.pretrained_cfg['num_classes']
+        replace_head = replace_head or model.num_classes != promised
+        state_dict = _own_names(state_dict, model)
+        if replace_head:
+            state_dict = _without_pooling_norm(state_dict, model)
+        state_dict = checkpoint_filter_fn(state_dict, model)
+        _check_finite(state_dict)
+        _check_head(state_dict, model, promised, replace_head)
+    except ValueError as error:
+        raise ValueError(f'{source}: {error}') from error
+    return state_dict
+
+
+def _own_names(state_dict: StateDict, model: 'AssociativeTransformer') -> StateDict:
+    """Any known checkpoint under this package's names."""
     state_dict = state_dict.get('state_dict', state_dict.get('model', state_dict))  # type: ignore[assignment]
     state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
-    own = model.state_dict()
     if is_authors(state_dict):
-        state_dict = convert_authors(state_dict, model.patch_embed.patch_size)
-    elif not any(key.endswith('mlp.memory') for key in state_dict):
-        state_dict = convert_vit(state_dict, own)
-    state_dict = _fit_stem(state_dict, model)
-    _check_keys(state_dict, own)
+        return convert_authors(state_dict, model.patch_embed.patch_size)
+    if not any(key.endswith('mlp.memory') for key in state_dict):
+        return convert_vit(state_dict, model.state_dict())
     return state_dict
 
 
@@ -144,6 +179,50 @@ def _check_keys(state_dict: StateDict, own: StateDict) -> None:
             f'the checkpoint does not fit the model: unknown keys {_some(unknown)}, missing keys {_some(missing)}; '
             'create the model that it was made with (depth, global_pool, class_token, slots)'
         )
+
+
+def _check_shapes(state_dict: StateDict, own: StateDict) -> None:
+    for key, value in state_dict.items():
+        if key.startswith('head.') or key not in own or value.shape == own[key].shape:
+            continue
+        if key == 'patch_embed.proj.weight' and value.shape[2:] == own[key].shape[2:] and len(value) == len(own[key]):
+            continue  # another number of channels, which timm adapts
+        raise ValueError(
+            f'{key} has the shape {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} in the model; create '
+            'the model that it was made with (num_slots, slot_dim, write_heads, embed_dim, patch_size, and img_size '
+            "for global_pool='flatten')"
+        )
+
+
+def _check_finite(state_dict: StateDict) -> None:
+    bad = [key for key, value in state_dict.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f'NaN or infinite values in {_some(bad)}; take the checkpoint of an earlier epoch')
+
+
+def _check_head(state_dict: StateDict, model: 'AssociativeTransformer', promised: int, replace_head: bool) -> None:
+    """The classifier of the checkpoint is either the model's, or was asked to change."""
+    weight, own = state_dict.get('head.weight'), model.state_dict().get('head.weight')
+    if not replace_head and own is not None and (weight is None or weight.shape != own.shape):
+        found = 'no classifier' if weight is None else f'a classifier of shape {tuple(weight.shape)}'
+        raise ValueError(
+            f'the checkpoint has {found}, the model one of {tuple(own.shape)} for the {promised} classes of its '
+            'config; name those of the checkpoint with pretrained_cfg_overlay=dict(num_classes=...), and those that '
+            'you want with num_classes='
+        )
+    if replace_head and weight is not None and promised >= 0 and len(weight) == model.num_classes != promised:
+        raise ValueError(
+            f'the checkpoint has {len(weight)} classes as the model has, its config says {promised}, so the classifier '
+            f'would be lost; pass pretrained_cfg_overlay=dict(num_classes={len(weight)}) to keep it, -1 to drop it'
+        )
+
+
+def _without_pooling_norm(state_dict: StateDict, model: 'AssociativeTransformer') -> StateDict:
+    """The norm before a classifier that is replaced goes with it where it does not fit."""
+    own = model.state_dict()
+    norm = {key: value for key, value in own.items() if key.startswith('fc_norm.')}
+    kept = {key: value for key, value in state_dict.items() if not (key.startswith('fc_norm.') and key not in own)}
+    return {**kept, **{key: value for key, value in norm.items() if kept.get(key, value).shape != value.shape}}
 
 
 def _some(keys: list[str]) -> str:

@@ -1,0 +1,552 @@
+"""Loading and publishing through timm, with the real Hub client against a small Hub on loopback.
+
+huggingface_hub reads its environment when it is imported, so what it does here runs in one child process per setting.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_server import LoopbackHub
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from timm_ait import ait, pretrained
+from timm_ait.pretrained import WeightsError, packaged, published
+
+REPO = 'someone/test_ait.toy'
+NAME = f'hf-hub:{REPO}'
+# Distinct primes where they can be: slots 7 of width 5, 3 heads, 11 classes.
+ARGS: dict[str, Any] = dict(
+    depth=2, embed_dim=32, num_heads=2, num_slots=7, slot_dim=5, write_heads=3, bottleneck=13, num_classes=11
+)
+TOKEN = 'hf_onlyForThisTestOfLoopback'
+
+
+def make_model(seed: int = 1, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model('test_ait', **dict(ARGS, **kwargs)).eval()
+
+
+def save(model: nn.Module, folder: Path, **model_args: Any) -> dict[str, bytes]:
+    """What timm itself writes for a model, as a Hub keeps it."""
+    save_for_hf(model, str(folder), model_args=dict(ARGS, **model_args), safe_serialization=True)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def edited(config: bytes, **changes: Any) -> bytes:
+    content = json.loads(config)
+    content['pretrained_cfg'].update(changes.pop('pretrained_cfg', {}))
+    content['model_args'].update(changes.pop('model_args', {}))
+    return json.dumps(dict(content, **changes)).encode()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def images(channels: int = 3, size: int = 32) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, channels: int = 3, size: int = 32) -> list[Any]:
+    return model.eval()(images(channels, size)).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What runs in the child processes
+
+
+def start_child() -> None:
+    torch.set_num_threads(1)
+    logging.basicConfig(filename=os.environ['LOG'], level=logging.WARNING)
+    wait = time.sleep
+    time.sleep = lambda seconds: wait(min(seconds, 0.02))  # the client's pauses between attempts
+
+
+@torch.no_grad()
+def load(name: str, file_limit: int = 0, **kwargs: Any) -> dict[str, Any]:
+    """Create a model with its weights, and say what came."""
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    try:
+        model = timm.create_model(name, pretrained=True, **kwargs)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    channels, size = kwargs.get('in_chans', 3), kwargs.get('img_size', 32)
+    out = model.eval()(images(channels, size))
+    return {
+        'fingerprint': fingerprint(model),
+        'logits': [o.tolist() for o in out] if isinstance(out, list) else out.tolist(),
+        'shape': [tuple(o.shape) for o in out] if isinstance(out, list) else tuple(out.shape),
+        'cfg': {key: model.pretrained_cfg.get(key) for key in ('hf_hub_id', 'source', 'file', 'notes')},
+    }
+
+
+class Child:
+    """One process whose Hub client has its own environment."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.log = folder / 'log.txt'
+        folder.mkdir(exist_ok=True)
+        settings = {'HF_HOME': str(folder), 'HF_HUB_DISABLE_XET': '1', 'LOG': str(self.log), **environment}
+        settings |= {'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
+        self.pool = ProcessPoolExecutor(1, get_context('spawn'), start_child)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_CACHE'):
+                patch.delenv(name, raising=False)
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            self.pool.submit(time.time).result()
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.pool.submit(function, *args, **kwargs).result(timeout=120)
+
+    def fails(self, name: str, **kwargs: Any) -> str:
+        """The message of the error in which loading ends; it must be one of ours."""
+        with pytest.raises((WeightsError, ValueError)) as caught:
+            self(load, name, **kwargs)
+        return str(caught.value)
+
+
+@pytest.fixture(scope='module')
+def served() -> Iterator[LoopbackHub]:
+    server = LoopbackHub()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope='module')
+def child(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    one = Child(tmp_path_factory.mktemp('home'), HF_ENDPOINT=served.url)
+    yield one
+    one.pool.shutdown()
+
+
+@pytest.fixture
+def hub(served: LoopbackHub, tmp_path: Path) -> LoopbackHub:
+    """The Hub with one repository, :data:`REPO`."""
+    served.repos, served.faults = {REPO: save(make_model(), tmp_path / 'saved')}, {}
+    served.requests.clear()
+    served.tokens.clear()
+    return served
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / 'cache'
+
+
+def blobs(cache: Path) -> list[Path]:
+    """What a cache keeps of weights: everything but a small config.json."""
+    return [
+        path for path in cache.rglob('*') if path.is_file() and not path.is_symlink() and path.stat().st_size > 5000
+    ]
+
+
+def overlay(hub: LoopbackHub, **changes: Any) -> dict[str, Any]:
+    """A tag of test_ait whose weights lie on the Hub, pinned, as ``published`` writes it."""
+    keys = published('test_ait.toy', sha256(hub.repos[REPO]['model.safetensors']))
+    return dict(keys, hf_hub_id=REPO, num_classes=11, **changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def test_a_hub_name_loads_the_very_weights(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    loaded = child(load, NAME, cache_dir=cache)
+    assert loaded['fingerprint'] == fingerprint(make_model())
+    assert loaded['logits'] == logits(make_model())
+    assert loaded['cfg'] == {'hf_hub_id': REPO, 'source': 'hf-hub', 'file': None, 'notes': None}
+
+
+def test_a_published_tag_loads_once_and_then_from_the_cache(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    args = dict(ARGS, pretrained_cfg_overlay=overlay(hub), cache_dir=cache)
+    for _ in range(2):
+        assert child(load, 'test_ait', **args)['fingerprint'] == fingerprint(make_model())
+    path = f'/{REPO}/resolve/main/model.safetensors'
+    assert hub.requests == [f'HEAD {path}', f'GET {path}', f'HEAD {path}']
+
+
+def test_a_pinned_revision_is_loaded_again_without_a_request(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    name = f'{NAME}@{hub.commit(REPO)}'
+    first = child(load, name, cache_dir=cache)
+    hub.requests.clear()
+    assert child(load, name, cache_dir=cache) == first
+    assert hub.requests == []
+
+
+def test_what_is_cached_loads_offline_and_what_is_not_says_so(
+    hub: LoopbackHub, child: Child, cache: Path, tmp_path: Path
+) -> None:
+    args = dict(ARGS, cache_dir=cache)
+    cached = child(load, 'test_ait', pretrained_cfg_overlay=overlay(hub), **args)
+    assert child(load, NAME, cache_dir=cache)['fingerprint'] == cached['fingerprint']
+    offline = Child(tmp_path / 'offline', HF_ENDPOINT=hub.url, HF_HUB_OFFLINE='1')
+    hub.requests.clear()
+    assert offline(load, NAME, cache_dir=cache)['fingerprint'] == cached['fingerprint']
+    assert offline(load, 'test_ait', pretrained_cfg_overlay=overlay(hub), **args) == cached
+    absent = dict(overlay(hub), hf_hub_id='someone/else')
+    assert 'someone/else/resolve/main/model.safetensors: the Hub was not reached and the file is not in the cache' in (
+        offline.fails('test_ait', pretrained_cfg_overlay=absent, **args)
+    )
+    assert hub.requests == []
+    offline.pool.shutdown()
+
+
+def test_another_number_of_classes_gives_a_fresh_head_on_the_same_trunk(
+    hub: LoopbackHub, child: Child, cache: Path, tmp_path: Path
+) -> None:
+    assert child(load, NAME, cache_dir=cache, num_classes=7)['shape'] == (2, 7)
+    folder = tmp_path / 'saved'
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=7)
+    own, saved = model.state_dict(), make_model().state_dict()
+    assert {key for key in own if not torch.equal(own[key], saved.get(key, torch.empty(0)))} == {
+        'head.weight',
+        'head.bias',
+    }
+
+
+def test_one_channel_sums_the_weights_of_three(hub: LoopbackHub, child: Child, cache: Path, tmp_path: Path) -> None:
+    assert child(load, NAME, cache_dir=cache, in_chans=1)['shape'] == (2, 11)
+    model = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True, in_chans=1)
+    torch.testing.assert_close(
+        model.patch_embed.proj.weight, make_model().patch_embed.proj.weight.sum(1, keepdim=True), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_another_image_size_resamples_the_position_embedding(tmp_path: Path) -> None:
+    layout = dict(class_token=True, pos_embed='learn', global_pool='token', weight_init='')
+    model = make_model(**layout)
+    with torch.no_grad():  # constant over space: what a resampling keeps
+        model.pos_embed.copy_(model.pos_embed.mean(dim=1, keepdim=True).expand_as(model.pos_embed))
+    save(model, tmp_path, **layout)
+    larger = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=48).eval()
+    assert larger.pos_embed.shape == (1, 1 + 12 * 12, 32)
+    torch.testing.assert_close(larger.pos_embed[:, :1].expand(1, 145, 32), larger.pos_embed, rtol=0, atol=1e-5)
+    assert larger(images(size=48)).shape == (2, 11)
+
+
+def test_features_alone_need_no_head(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    loaded = child(load, NAME, cache_dir=cache, features_only=True, out_indices=[1])
+    with torch.no_grad():
+        expected = make_model().forward_intermediates(images(), indices=[1], norm=False, intermediates_only=True)
+    assert loaded['shape'] == [(2, 32, 8, 8)]
+    torch.testing.assert_close(torch.tensor(loaded['logits'][0]), expected[0])
+
+
+def test_a_flattened_head_takes_another_image_size_with_other_classes_only(tmp_path: Path) -> None:
+    save(make_model(), tmp_path)
+    with pytest.raises(ValueError, match=r"fc_norm\.\w+ has the shape \(2048,\) .* img_size for global_pool='flatten'"):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=16)
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=16, num_classes=7).eval()
+    assert model(images(size=16)).shape == (2, 7)
+    torch.testing.assert_close(model.blocks[1].mlp.memory, make_model().blocks[1].mlp.memory, rtol=0, atol=0)
+
+
+def test_weights_inside_the_package_load_without_any_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = safetensors.torch.save({key: value.half() for key, value in make_model().state_dict().items()})
+    (tmp_path / 'test_ait.toy.safetensors').write_bytes(content)
+    monkeypatch.setattr(pretrained, 'WEIGHTS', tmp_path)
+    monkeypatch.setattr(pretrained, 'hf_hub_download', lambda *args, **kwargs: pytest.fail('asked the Hub'))
+    keys = dict(packaged('test_ait.toy', sha256(content)), num_classes=11)
+    model = timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=keys, **ARGS)
+    assert model.head.weight.dtype == torch.float32
+    assert torch.equal(model.head.weight, make_model().head.weight.half().float())
+    keys['notes'] = ('sha256:0000',)
+    with pytest.raises(WeightsError, match=r'test_ait\.toy\.safetensors has the sha256 .* where 0000 was published'):
+        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=keys, **ARGS)
+
+
+def test_listed_as_pretrained_is_what_has_weights_and_the_packaged_ones_are_there() -> None:
+    cfgs = {f'{name}.{tag}': cfg for name, all_ in ait.default_cfgs.items() for tag, cfg in all_.cfgs.items()}
+    assert {name for name, cfg in cfgs.items() if cfg.has_weights} == set(
+        timm.list_models(module='ait', pretrained=True)
+    )
+    for name, cfg in cfgs.items():
+        if cfg.file:
+            path = Path(cfg.file)
+            assert pretrained.sha256_of(path) == pretrained.pinned_sha256(cfg)
+            assert path.stat().st_size <= 2_000_000
+            timm.create_model(name, pretrained=True)
+        if cfg.hf_hub_id:
+            organisation, _, model = cfg.hf_hub_id.partition('/')
+            assert cfg.hf_hub_filename == 'model.safetensors'
+            assert organisation == 'timm' or (
+                organisation == pretrained.HUB_ORGANISATION and pretrained.pinned_sha256(cfg)
+            )
+            assert model
+
+
+def test_the_hash_of_a_file_does_not_outlive_its_weights(hub: LoopbackHub, tmp_path: Path) -> None:
+    config = tmp_path / 'saved' / 'config.json'
+    notes = [f'sha256:{sha256(hub.repos[REPO]["model.safetensors"])}']
+    config.write_bytes(edited(config.read_bytes(), pretrained_cfg={'notes': notes}))
+    model = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True)
+    nn.init.zeros_(model.head.bias)
+    save(model, tmp_path / 'trained')
+    assert 'notes' not in json.loads((tmp_path / 'trained' / 'config.json').read_text())['pretrained_cfg']
+    assert not timm.create_model(f'local-dir:{tmp_path / "trained"}', pretrained=True).head.bias.any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults, each with what the user sees
+
+
+@pytest.mark.parametrize('name', ['ait_small', 'ait_base_patch4_32.cifar10'])
+def test_without_published_weights_the_message_says_what_to_do(name: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        timm.create_model(name, pretrained=True)
+    said = str(caught.value)
+    assert said.startswith(f'no weights have been published for {name}')
+    for way_out in ('benchmarks/recipes', "pretrained_cfg_overlay=dict(file='PATH')", "'ait_vit_base_patch16_224'"):
+        assert way_out in said
+
+
+def test_a_missing_repository_is_named(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    said = child.fails(
+        'test_ait', cache_dir=cache, pretrained_cfg_overlay=dict(overlay(hub), hf_hub_id='no/such'), **ARGS
+    )
+    assert said.startswith(
+        f'no weights from {hub.url}/no/such/resolve/main/model.safetensors: there is no such repository'
+    )
+    assert 'hf auth login' in said
+
+
+def test_a_gated_repository_tells_the_way_in(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    hub.faults[REPO] = 'gated'
+    said = child.fails('test_ait', cache_dir=cache, pretrained_cfg_overlay=overlay(hub), **ARGS)
+    assert 'accept the terms on its page, then log in' in said
+
+
+def test_a_missing_revision_is_named(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    keys = dict(overlay(hub), hf_hub_id=f'{REPO}@v9')
+    said = child.fails('test_ait', cache_dir=cache, pretrained_cfg_overlay=keys, **ARGS)
+    assert f'{REPO}/resolve/v9/model.safetensors: the repository has no such revision' in said
+
+
+def test_a_pickle_in_place_of_the_file_is_not_even_asked_for(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    hub.repos[REPO]['pytorch_model.bin'] = hub.repos[REPO].pop('model.safetensors')
+    said = child.fails(NAME, cache_dir=cache)
+    assert f'{REPO}/resolve/main/model.safetensors: the repository has no such file, and pickles' in said
+    assert not any('pytorch_model' in request for request in hub.requests)
+
+
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pth'])
+def test_a_file_that_is_no_safetensors_by_name_is_refused(hub: LoopbackHub, name: str) -> None:
+    with pytest.raises(WeightsError, match=f'{name} of {REPO} is no safetensors file: name another'):
+        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=dict(overlay(hub), hf_hub_filename=name))
+
+
+def test_a_server_that_is_gone_is_said_at_once_and_the_cache_still_serves(
+    hub: LoopbackHub, child: Child, cache: Path, tmp_path: Path
+) -> None:
+    args = dict(ARGS, pretrained_cfg_overlay=overlay(hub))
+    cached = child(load, 'test_ait', cache_dir=cache, **args)
+    with hub.gone():
+        assert child(load, 'test_ait', cache_dir=cache, **args) == cached
+        said = child.fails('test_ait', cache_dir=tmp_path / 'empty', **args)
+    assert f'{REPO}/resolve/main/model.safetensors: the Hub was not reached' in said
+    assert "pretrained_cfg_overlay=dict(file='PATH')" in said
+
+
+def test_a_connection_dropped_before_any_answer_falls_back_on_the_cache(
+    hub: LoopbackHub, child: Child, cache: Path, tmp_path: Path
+) -> None:
+    args = dict(ARGS, pretrained_cfg_overlay=overlay(hub))
+    cached = child(load, 'test_ait', cache_dir=cache, **args)
+    hub.faults[REPO] = 'drop'
+    assert child(load, 'test_ait', cache_dir=cache, **args) == cached
+    assert f'the Hub did not answer (Server disconnected without sending a response.); using {cache}' in (
+        child.log.read_text()
+    )
+    said = child.fails('test_ait', cache_dir=tmp_path / 'empty', **args)
+    assert f'{REPO}/resolve/main/model.safetensors: the connection broke (RemoteProtocolError' in said
+
+
+def test_a_connection_cut_in_the_middle_leaves_nothing_behind(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    args = dict(ARGS, pretrained_cfg_overlay=overlay(hub), cache_dir=cache)
+    hub.faults[REPO] = 'cut'
+    said = child.fails('test_ait', **args)
+    assert 'the connection broke' in said
+    assert 'nothing half was kept: try again' in said
+    assert not blobs(cache)
+    hub.faults.clear()
+    assert child(load, 'test_ait', **args)['fingerprint'] == fingerprint(make_model())
+
+
+@pytest.mark.parametrize(
+    ('fault', 'said'),
+    [
+        (
+            'short',
+            'is no whole safetensors file (Error while deserializing header: incomplete metadata, file not fully',
+        ),
+        ('flip', 'has the sha256 '),
+    ],
+)
+@pytest.mark.parametrize('is_pinned', [True, False])
+def test_a_damaged_download_is_refused_and_not_kept(
+    fault: str, said: str, is_pinned: bool, hub: LoopbackHub, child: Child, cache: Path
+) -> None:
+    keys = overlay(hub) if is_pinned else overlay(hub, notes=None)
+    args = dict(ARGS, pretrained_cfg_overlay=keys, cache_dir=cache)
+    hub.faults[REPO] = fault
+    message = child.fails('test_ait', **args)
+    assert message.startswith(f'{hub.url}/{REPO}/resolve/main/model.safetensors {said}')
+    assert 'it was not kept' in message
+    assert not blobs(cache)
+    hub.faults.clear()
+    assert child(load, 'test_ait', **args)['fingerprint'] == fingerprint(make_model())
+
+
+def test_a_cache_that_rots_heals_itself(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    child(load, NAME, cache_dir=cache)
+    (blob,) = blobs(cache)
+    good = blob.read_bytes()
+    blob.write_bytes(good[:-5] + bytes([good[-5] ^ 1]) + good[-4:])
+    assert child(load, NAME, cache_dir=cache)['fingerprint'] == fingerprint(make_model())
+    assert blob.read_bytes() == good
+    assert 'downloading it again' in child.log.read_text()
+    blob.write_bytes(good[:999])
+    with hub.gone():
+        keys = dict(ARGS, pretrained_cfg_overlay=overlay(hub), cache_dir=cache)
+        said = child.fails('test_ait', **keys)
+    assert 'is no whole safetensors file' in said
+    assert 'was removed, but getting it again failed' in said
+
+
+def test_other_weights_than_those_pinned_are_refused(
+    hub: LoopbackHub, child: Child, cache: Path, tmp_path: Path
+) -> None:
+    keys = overlay(hub)
+    hub.repos[REPO] = save(make_model(seed=2), tmp_path / 'others')
+    said = child.fails('test_ait', pretrained_cfg_overlay=keys, cache_dir=cache, **ARGS)
+    assert f'where {keys["notes"][0][7:]} was published' in said
+    assert not blobs(cache)
+
+
+def test_a_full_disk_is_named_with_the_folder(hub: LoopbackHub, child: Child, cache: Path) -> None:
+    args = dict(ARGS, pretrained_cfg_overlay=overlay(hub), cache_dir=cache)
+    said = child.fails('test_ait', file_limit=20_000, **args)
+    assert f'{cache} cannot take it (File too large): free space there, or set HF_HOME or cache_dir=' in said
+    assert not blobs(cache)
+    assert child(load, 'test_ait', **args)['fingerprint'] == fingerprint(make_model())
+
+
+def broken_folder(tmp_path: Path, **changes: Any) -> Path:
+    """A local folder as a Hub keeps it, with other contents for some of its files."""
+    files = save(make_model(), tmp_path / 'folder')
+    for name, change in changes.items():
+        path = {'config': 'config.json', 'weights': 'model.safetensors'}[name]
+        (tmp_path / 'folder' / path).write_bytes(change(files[path]))
+    return tmp_path / 'folder'
+
+
+def load_folder(folder: Path, **kwargs: Any) -> str:
+    with pytest.raises((WeightsError, ValueError)) as caught:
+        timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+    return str(caught.value)
+
+
+def test_a_config_with_other_slots_names_file_key_and_shapes(tmp_path: Path) -> None:
+    said = load_folder(broken_folder(tmp_path, config=lambda c: edited(c, model_args={'num_slots': 17})))
+    assert said.startswith(f'{tmp_path}/folder/model.safetensors: blocks.0.mlp.memory has the shape (7, 5)')
+    assert '(17, 5) in the model' in said
+    assert 'num_slots' in said
+
+
+def test_a_config_of_another_architecture_names_what_does_not_fit(tmp_path: Path) -> None:
+    said = load_folder(
+        broken_folder(tmp_path, config=lambda c: edited(c, architecture='ait_small', model_args={'patch_size': 4}))
+    )
+    assert said.startswith(f'{tmp_path}/folder/model.safetensors: the checkpoint does not fit the model: unknown keys')
+    assert 'missing keys' in said
+
+
+def test_a_config_that_contradicts_itself_about_classes_is_no_random_head(tmp_path: Path) -> None:
+    said = load_folder(broken_folder(tmp_path, config=lambda c: edited(c, num_classes=13)))
+    assert 'num_classes=13, but 11 in its model_args' in said
+
+
+def test_a_config_with_other_classes_than_the_file_names_both(tmp_path: Path) -> None:
+    said = load_folder(
+        broken_folder(tmp_path, config=lambda c: edited(c, num_classes=13, model_args={'num_classes': 13}))
+    )
+    assert 'a classifier of shape (11, 2048), the model one of (13, 2048) for the 13 classes of its config' in said
+
+
+def test_a_classifier_that_would_be_lost_in_silence_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / 'w.safetensors'
+    safetensors.torch.save_file(make_model().state_dict(), file)
+    create = dict(ARGS, pretrained=True)
+    with pytest.raises(ValueError, match=r'w\.safetensors: the checkpoint has 11 classes as the model has, its config'):
+        timm.create_model('test_ait', pretrained_cfg_overlay=dict(file=str(file)), **create)
+    kept = timm.create_model('test_ait', pretrained_cfg_overlay=dict(file=str(file), num_classes=11), **create)
+    assert fingerprint(kept) == fingerprint(make_model())
+    dropped = timm.create_model('test_ait', pretrained_cfg_overlay=dict(file=str(file), num_classes=-1), **create)
+    assert not torch.equal(dropped.head.weight, make_model().head.weight)
+
+
+def without(content: bytes, key: str) -> bytes:
+    return safetensors.torch.save({k: v for k, v in safetensors.torch.load(content).items() if k != key})
+
+
+@pytest.mark.parametrize('classes', [11, 7])
+def test_a_missing_key_is_an_error_whether_or_not_the_head_changes(classes: int, tmp_path: Path) -> None:
+    folder = broken_folder(tmp_path, weights=lambda w: without(w, 'blocks.1.mlp.lift.bias'))
+    assert (
+        'model.safetensors: the checkpoint does not fit the model: unknown keys none, missing keys blocks.1.mlp.lift'
+        in (load_folder(folder, num_classes=classes))
+    )
+
+
+def test_a_value_that_is_not_finite_names_its_key(tmp_path: Path) -> None:
+    model = make_model()
+    nn.init.constant_(model.blocks[1].mlp.lift.bias, float('nan'))
+    save(model, tmp_path)
+    assert 'model.safetensors: NaN or infinite values in blocks.1.mlp.lift.bias' in load_folder(tmp_path)
+
+
+def test_a_pickle_under_the_name_of_safetensors_is_not_opened(tmp_path: Path) -> None:
+    folder = broken_folder(tmp_path)
+    torch.save(make_model().state_dict(), folder / 'model.safetensors')
+    assert load_folder(folder).startswith(f'{folder}/model.safetensors is a pickle, which is never opened here')
+
+
+def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
+    folder = broken_folder(tmp_path)
+    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+    assert load_folder(folder).startswith(f'there is no file {folder}/model.safetensors')
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / 'was here'),)
+
+    torch.save({'head.weight': Payload()}, tmp_path / 'evil.pth')
+    with pytest.raises(RuntimeError, match='weights_only=True blocked'):
+        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'evil.pth')))
+    assert not (tmp_path / 'was here').exists()

@@ -1,0 +1,231 @@
+"""Pretrained weights: found, fetched, verified, and only then handed to timm, as a file.
+
+timm asks for weights by a ``PretrainedCfg``. Its field ``notes`` pins the file here, as ``'sha256:<64 hex digits>'``:
+in ``default_cfgs`` beside the tag, in config.json beside the file. Files of the Hub without such a note are held to
+the sha256 under which the Hub itself stores them.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
+
+__all__ = [
+    'HUB_ORGANISATION',
+    'WeightsError',
+    'check_classes',
+    'fetch_weights',
+    'packaged',
+    'pinned_sha256',
+    'published',
+    'resolve_cfg',
+    'sha256_of',
+]
+
+HUB_ORGANISATION = 'timm-ait'
+FILENAME = 'model.safetensors'
+WEIGHTS = Path(__file__).parent / 'weights'
+SOURCES = ('file', 'state_dict', 'hf_hub_id', 'url')
+
+OWN_FILE = "load a file of your own with pretrained_cfg_overlay=dict(file='PATH')"
+EXPLANATIONS: tuple[tuple[type[Exception], str], ...] = (
+    (GatedRepoError, 'its owner grants access: accept the terms on its page, then log in with `hf auth login`'),
+    (RepositoryNotFoundError, 'there is no such repository, or it is private: check its name, or `hf auth login`'),
+    (RevisionNotFoundError, 'the repository has no such revision: leave the part after @ out for the newest'),
+    (LocalEntryNotFoundError, f'the Hub was not reached and the file is not in the cache: connect once, or {OWN_FILE}'),
+    (EntryNotFoundError, f'the repository has no such file, and pickles in its place are not read: {OWN_FILE}'),
+)
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_logger = logging.getLogger(__name__)
+
+
+class WeightsError(RuntimeError):
+    """Pretrained weights that cannot be had, or are not what was published."""
+
+
+def published(name: str, sha256: str) -> dict[str, Any]:
+    """Where the weights of ``name`` ('model.tag') lie on the Hub, as keys of a config."""
+    return {
+        'hf_hub_id': f'{HUB_ORGANISATION}/{name}',
+        'hf_hub_filename': FILENAME,
+        'notes': (f'sha256:{sha256}',),
+    }
+
+
+def packaged(name: str, sha256: str) -> dict[str, Any]:
+    """Where the weights of ``name`` ('model.tag') lie inside this package, as keys of a config."""
+    return {'file': str(WEIGHTS / f'{name}.safetensors'), 'notes': (f'sha256:{sha256}',)}
+
+
+def pinned_sha256(cfg: PretrainedCfg) -> str:
+    """The sha256 that the config pins, or ''."""
+    return next((note.removeprefix('sha256:') for note in cfg.notes or () if note.startswith('sha256:')), '')
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hex digits."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def resolve_cfg(
+    variant: str, pretrained_cfg: str | dict[str, Any] | None, overlay: dict[str, Any] | None
+) -> PretrainedCfg:
+    """Let timm find the config; a source in ``overlay`` replaces all others, and the hash that went with them."""
+    overlay = dict(overlay or {})
+    if any(overlay.get(key) for key in SOURCES):
+        overlay = {**dict.fromkeys((*SOURCES, 'source', 'notes')), **overlay}
+    return resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+
+
+def check_classes(cfg: PretrainedCfg, model_args: dict[str, Any] | None) -> None:
+    """Compare what a config.json says twice; timm would take one, and a random classifier.
+
+    Raises:
+        ValueError: Where ``num_classes`` of the file's ``model_args`` is another than that of its ``pretrained_cfg``.
+    """
+    classes = (model_args or {}).get('num_classes', cfg.num_classes)
+    if classes != cfg.num_classes:
+        raise ValueError(
+            f'config.json of {cfg.hf_hub_id or cfg.file} gives num_classes={cfg.num_classes}, but {classes} in its '
+            'model_args; correct the one that is not that of the weights'
+        )
+
+
+def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path | None:
+    """The verified file that a config names, downloaded where it must be.
+
+    Returns:
+        A path; None where timm reads something that is no file of ours: a state dict, or a URL that a user gave.
+
+    Raises:
+        WeightsError: With the file, the reason and the way out.
+    """
+    if cfg.source == 'hf-hub':
+        return _from_hub(cfg, cache_dir)
+    if cfg.source == 'local-dir':
+        return _verified(Path(cfg.file or '') / FILENAME, pinned_sha256(cfg))
+    if cfg.state_dict:
+        return None
+    if cfg.file:
+        return _verified(Path(cfg.file), pinned_sha256(cfg))
+    if cfg.hf_hub_id:
+        return _from_hub(cfg, cache_dir)
+    if cfg.url:
+        return None
+    name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
+    raise WeightsError(
+        f'no weights have been published for {name}: train it, the recipes are in benchmarks/recipes; {OWN_FILE}; '
+        "or start from a ViT, timm.create_model('ait_vit_base_patch16_224', pretrained=True). "
+        "What is published: timm.list_models(module='ait', pretrained=True)"
+    )
+
+
+def _verified(path: Path, sha256: str) -> Path:
+    """A file on this machine, whole. Other formats than safetensors are timm's to read, with ``weights_only=True``."""
+    if not path.is_file():
+        raise WeightsError(
+            f'there is no file {path}: check the path; folders of weights hold config.json and {FILENAME}'
+        )
+    if sha256 or path.suffix == '.safetensors':
+        reason = _damage(path, sha256)
+        if reason:
+            raise WeightsError(f'{path} {reason}: get it again from where it came')
+    return path
+
+
+def _damage(path: Path, sha256: str) -> str:
+    """What is wrong with a safetensors file, as the end of a sentence, or ''."""
+    try:
+        with safe_open(path, 'pt') as file:
+            file.keys()
+    except SafetensorError as error:
+        with path.open('rb') as start:
+            is_pickle = start.read(2) in (b'PK', b'\x80\x02', b'\x80\x04')
+        return 'is a pickle, which is never opened here' if is_pickle else f'is no whole safetensors file ({error})'
+    found = sha256_of(path) if sha256 else ''
+    return f'has the sha256 {found} where {sha256} was published' if found != sha256 else ''
+
+
+def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
+    """A file of the Hub; one that was damaged in the cache is downloaded again, and never left there."""
+    repo, _, revision = (cfg.hf_hub_id or '').partition('@')
+    filename = cfg.hf_hub_filename or FILENAME
+    if not filename.endswith('.safetensors'):
+        raise WeightsError(
+            f'{filename} of {repo} is no safetensors file: name another with hf_hub_filename, or {OWN_FILE}'
+        )
+    download = partial(_download, repo, filename, revision or None, cache_dir)
+    path = download()
+    reason = _damage(path, pinned_sha256(cfg) or _stored_sha256(path))
+    if not reason:
+        return path
+    _logger.warning('%s %s; downloading it again', path, reason)
+    _discard(path)
+    try:
+        path = download()
+    except WeightsError as error:
+        raise WeightsError(f'{path} {reason} and was removed, but getting it again failed: {error}') from error
+    reason = _damage(path, pinned_sha256(cfg) or _stored_sha256(path))
+    if reason:
+        _discard(path)
+        url = hf_hub_url(repo, filename, revision=revision or None)
+        raise WeightsError(f'{url} {reason}: it was not kept; a newer timm_ait may know the file that lies there now')
+    return path
+
+
+def _stored_sha256(path: Path) -> str:
+    """The sha256 under which the Hub stores a large file: the name of its blob in the cache. '' where it has none."""
+    name = Path(os.readlink(path)).name if path.is_symlink() else ''
+    return name if re.fullmatch('[0-9a-f]{64}', name) else ''
+
+
+def _discard(path: Path) -> None:
+    """Remove a file from the Hub's cache: its name in the snapshot and the blob behind it."""
+    if path.is_symlink():
+        (path.parent / os.readlink(path)).unlink(missing_ok=True)
+    path.unlink()
+
+
+def _download(repo: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    try:
+        return Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir, library_name='timm_ait'))
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        fault: Exception = error
+    except Exception as error:  # the client's network errors have no base of their own, and change with its version
+        cached = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision)
+        if isinstance(cached, str):
+            _logger.warning('the Hub did not answer (%s); using %s', error, cached)
+            return Path(cached)
+        fault = error
+    url = hf_hub_url(repo, filename, revision=revision)
+    raise WeightsError(f'no weights from {url}: {_explain(fault, cache_dir)}') from fault
+
+
+def _explain(error: Exception, cache_dir: str | Path | None) -> str:
+    for kind, sentence in EXPLANATIONS:
+        if isinstance(error, kind):
+            return sentence
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        folder = cache_dir or constants.HF_HUB_CACHE
+        return f'{folder} cannot take it ({error.strerror}): free space there, or set HF_HOME or cache_dir='
+    return f'the connection broke ({type(error).__name__}: {error}); nothing half was kept: try again, or {OWN_FILE}'
