@@ -1,0 +1,40 @@
+# Without PYTHON the targets make an environment of their own, .venv, and keep it in step with pyproject.toml.
+# With it (make test PYTHON=python) they use that Python's environment as it is.
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := .venv/bin/python
+demo: .venv/demo.stamp
+lint unit timm-suite: .venv/test.stamp
+endif
+
+.PHONY: help demo test lint unit timm-suite clean
+
+help:
+	@echo 'make demo        fine-tune a small AiT on real digits, about two minutes on two cores'
+	@echo 'make test        lint, formatting, types and all tests'
+	@echo 'make timm-suite  the model tests of the installed timm alone, test by test'
+	@echo 'make clean       remove environments, caches and outputs'
+
+demo:
+	$(PYTHON) -m timm_ait.demo $(ARGS)
+
+test: lint unit
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+unit:
+	$(PYTHON) -m pytest -ra $(ARGS)
+
+timm-suite:
+	$(PYTHON) tests/timm_suite.py $(ARGS)
+
+clean:
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build dist output *.egg-info
+
+.venv/%.stamp: pyproject.toml
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[$*]'
+	touch $@

@@ -1,0 +1,254 @@
+"""Fine-tune an AiT on real handwritten digits with timm's own parts: ``python -m timm_ait.demo``.
+
+The 1,797 digits inside scikit-learn become an image folder of 32x32 PNG files. The demo trains on four fifths of them,
+saves, reloads and validates the checkpoint as any user of timm would, and draws what the model sees and remembers.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed
+from torch import Tensor, nn
+
+import timm_ait  # noqa: F401  registers the models
+
+MODEL = 'test_ait'
+CLASSES = 10
+LR, WEIGHT_DECAY, WARMUP_EPOCHS = 2e-3, 0.05, 2
+SCRIPTS = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{version}'
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog='python -m timm_ait.demo', description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('--output', type=Path, default=Path('output/demo'), help='folder for images and checkpoints')
+    parser.add_argument('--epochs', type=int, default=25)
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--workers', type=int, default=1, help='processes that load images')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--min-accuracy', type=float, default=95.0, help='less, in percent, is a failure')
+    return parser.parse_args(argv)
+
+
+def write_digits(folder: Path, seed: int) -> None:
+    """Write scikit-learn's digits as ``folder/{train,val}/<digit>/<number>.png``, RGB, 32x32; 4 to 1 in each class."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    numbers = range(len(digits.target))
+    splits = train_test_split(numbers, test_size=0.2, stratify=digits.target, random_state=seed)
+    for split, chosen in zip(('train', 'val'), splits, strict=True):
+        for number in chosen:
+            path = folder / split / str(digits.target[number]) / f'{number:04d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = (digits.images[number] * (255 / 16)).astype('uint8')  # 8x8, grey levels 0..16
+            Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).convert('RGB').save(path)
+
+
+def make_loader(model: nn.Module, folder: Path, split: str, args: argparse.Namespace) -> Any:
+    """A timm loader of ``folder/split``, with mild augmentation (digits are not mirrored) for training."""
+    config = resolve_data_config({}, model=model)
+    is_training = split == 'train'
+    return create_loader(
+        create_dataset('', root=str(folder), split=split, is_training=is_training),
+        input_size=config['input_size'],
+        batch_size=args.batch_size,
+        is_training=is_training,
+        use_prefetcher=False,
+        scale=(0.7, 1.0),
+        hflip=0.0,
+        color_jitter=None,
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        crop_pct=config['crop_pct'],
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+    )
+
+
+def train_epoch(
+    task: ClassificationTask, loader: Any, optimizer: torch.optim.Optimizer, scheduler: Any, epoch: int, epochs: int
+) -> None:
+    """Train one epoch behind a progress bar, stepping the schedule with every batch."""
+    from tqdm import tqdm
+
+    task.train()
+    losses = AverageMeter()
+    bar = tqdm(loader, desc=f'epoch {epoch + 1:2d}/{epochs}', leave=False, disable=None)  # None: on a terminal alone
+    for step, (images, targets) in enumerate(bar, start=epoch * len(loader) + 1):
+        loss = task(images.to(task.device), targets.to(task.device))['loss']
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step_update(step)
+        losses.update(loss.item(), len(images))
+        bar.set_postfix(loss=f'{losses.avg:.3f}')
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, loader: Any, device: str) -> float:
+    """Top-1 accuracy in percent."""
+    model.eval()
+    top1 = AverageMeter()
+    for images, targets in loader:
+        (acc,) = accuracy(model(images.to(device)), targets.to(device))
+        top1.update(acc.item(), len(images))
+    return float(top1.avg)
+
+
+def fit(model: nn.Module, folder: Path, args: argparse.Namespace) -> float:
+    """Train on ``folder``, keep the best checkpoint in ``args.output``; return its validation accuracy in percent."""
+    train_loader, val_loader = (make_loader(model, folder, split, args) for split in ('train', 'val'))
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), device=torch.device(args.device), verbose=False)
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=LR, weight_decay=WEIGHT_DECAY)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer,
+        num_epochs=args.epochs,
+        warmup_epochs=min(WARMUP_EPOCHS, args.epochs - 1),
+        warmup_lr=LR / 100,
+        step_on_epochs=False,
+        updates_per_epoch=len(train_loader),
+    )
+    saver = CheckpointSaver(model, optimizer, checkpoint_dir=str(args.output), max_history=1)
+    best = 0.0
+    for epoch in range(epochs):
+        start = time.monotonic()
+        train_epoch(task, train_loader, optimizer, scheduler, epoch, epochs)
+        top1 = validate(model, val_loader, args.device)
+        best, _ = saver.save_checkpoint(epoch, metric=top1)
+        print(f'epoch {epoch + 1:2d}/{epochs}  validation accuracy {top1:6.2f} %  {time.monotonic() - start:4.1f} s')
+    return best
+
+
+@torch.inference_mode()
+def look_inside(model: Any, loader: Any, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the model over all images, with a hook on what each workspace reads its memory with.
+
+    Returns:
+        Images (B, 3, H, W), labels (B,), predictions (B,) and the mean retrieval attention (L, M) of slots per block.
+    """
+    attention: list[list[Tensor]] = [[] for _ in model.blocks]
+    hooks = [
+        block.mlp.norm.register_forward_hook(_record_attention(block.mlp, seen))
+        for block, seen in zip(model.blocks, attention, strict=True)
+    ]
+    batches = [(images, labels, model(images.to(device)).argmax(dim=-1).cpu()) for images, labels in loader]
+    for hook in hooks:
+        hook.remove()
+    images, labels, predictions = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return images, labels, predictions, torch.stack([torch.cat(seen).mean(dim=0) for seen in attention])
+
+
+def _record_attention(workspace: Any, seen: list[Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, h: Tensor) -> None:
+        attractors = workspace.lift(F.normalize(workspace.memory, dim=-1))  # (M, D) -> (M, E)
+        weights = (workspace.beta * h @ attractors.t()).softmax(dim=-1)  # (B, N, M)
+        seen.append(weights.mean(dim=1).cpu())
+
+    return hook
+
+
+def draw(path: Path, images: Tensor, labels: Tensor, predictions: Tensor, usage: Tensor) -> None:
+    """Draw digits (B, 3, H, W), the wrongly classified first, above the use (L, M) of each block's slots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), layout='constrained', facecolor='white')
+    top, bottom = figure.subfigures(2, 1)  # type: ignore[misc]  # an array of them
+    _draw_digits(top, images, labels, predictions)
+    _draw_slots(bottom, usage)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_digits(figure: Any, images: Tensor, labels: Tensor, predictions: Tensor) -> None:
+    is_wrong = labels != predictions
+    order = torch.argsort(is_wrong.float(), descending=True, stable=True)
+    right = len(labels) - int(is_wrong.sum())
+    figure.suptitle(f'{right} of {len(labels)} validation images are right; the wrong ones come first, in red')
+    for axis, i in zip(figure.subplots(3, 12).flat, order.tolist(), strict=False):
+        grey = images[i].mean(dim=0).numpy()
+        axis.imshow(grey, cmap='gray')
+        colour = 'tab:red' if is_wrong[i] else 'tab:green'
+        title = f'{predictions[i]}, is {labels[i]}' if is_wrong[i] else f'{predictions[i]}'
+        axis.set_title(title, color=colour, fontsize=10, pad=3)
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set(color=colour, linewidth=2)
+
+
+def _draw_slots(figure: Any, usage: Tensor) -> None:
+    M = usage.shape[1]
+    figure.suptitle('How much of the retrieval goes to each memory slot (dashed: an even share)')
+    axes = figure.subplots(1, len(usage), sharey=True, squeeze=False)[0]
+    for i, (axis, shares) in enumerate(zip(axes, usage, strict=True)):
+        effective = torch.special.entr(shares).sum().exp()  # perplexity: M where all slots are used alike
+        axis.bar(range(M), (100 * shares).numpy(), color='tab:blue')
+        axis.axhline(100 / M, color='black', linestyle='--', linewidth=1)
+        axis.set_title(f'block {i}: as if {effective:.1f} of {M} slots', fontsize=10)
+        axis.set(xlabel='slot', xticks=range(0, M, 5))
+        axis.spines[['top', 'right']].set_visible(False)
+    axes[0].set_ylabel('mean attention, %')
+
+
+def commands(data: Path, args: argparse.Namespace) -> list[str]:
+    """The demo as commands for timm's own scripts, on the image folder ``data``."""
+    common = f'--data-dir {data} --model {MODEL} --num-classes {CLASSES} --device {args.device}'
+    scripts = SCRIPTS.format(version=timm.__version__)
+    return [
+        f'curl --remote-name-all {scripts}/train.py {scripts}/validate.py',
+        f'python train.py --device-modules timm_ait {common} --epochs {args.epochs} --batch-size {args.batch_size} '
+        f'--opt adamw --lr {LR} --weight-decay {WEIGHT_DECAY} --sched-on-updates '
+        f'--warmup-epochs {WARMUP_EPOCHS} --warmup-lr {LR / 100} --cooldown-epochs 0 '
+        '--scale 0.7 1.0 --hflip 0 --smoothing 0 --output output --experiment own',
+        f'python -m timm_ait validate.py {common} --checkpoint output/own/model_best.pth.tar',
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; return the exit code."""
+    args = parse_args(argv)
+    start = time.monotonic()
+    random_seed(args.seed)
+    data = args.output / 'digits'
+    write_digits(data, args.seed)
+
+    model = timm.create_model(MODEL, num_classes=CLASSES).to(args.device)
+    print(f'{MODEL}: {sum(p.numel() for p in model.parameters()):,} parameters; images in {data}')
+    trained = fit(model, data, args)
+
+    checkpoint = args.output / 'model_best.pth.tar'
+    model = timm.create_model(MODEL, num_classes=CLASSES, checkpoint_path=str(checkpoint)).to(args.device)
+    loader = make_loader(model, data, 'val', args)
+    reloaded = validate(model, loader, args.device)
+    print(f'best epoch {trained} %; {checkpoint}, reloaded: {reloaded} %')
+
+    picture = args.output / 'demo.png'
+    draw(picture, *look_inside(model, loader, args.device))
+    print(f'{picture}: predictions and memory; {time.monotonic() - start:.0f} s in all')
+    if reloaded != trained:
+        print(f'error: the reloaded checkpoint must repeat {trained} %, got {reloaded} %', file=sys.stderr)
+        return 1
+    if reloaded < args.min_accuracy:
+        print(f'error: expected at least {args.min_accuracy} %, got {reloaded:.2f} %; try more epochs', file=sys.stderr)
+        return 1
+    print('\nThe same with the scripts of timm; put your own folder (train/<class>, val/<class>) and classes in:\n')
+    print('\n\n'.join(commands(data, args)))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
