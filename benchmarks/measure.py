@@ -1,0 +1,219 @@
+"""Two sides of a comparison, measured turn by turn in one process."""
+
+import gc
+import platform
+import subprocess
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import timm
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Side:
+    """One side: a step of a model over so many images or tokens."""
+
+    model: nn.Module
+    step: Callable[[], object]
+    items: int
+
+    def flops(self) -> float:
+        """Matrix work of an item."""
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops() / self.items
+
+
+Sides = tuple[Callable[[], Side], Callable[[], Side]]  # ours and theirs, not yet built
+
+
+@dataclass
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: What is compared.
+        unit: Of ``ours`` and ``theirs``, a cost per image or token in each round.
+        goal: For the ratio; None where there is none.
+        at_least: The ratio is one of throughputs, to be reached. Else it is one of costs, not to be passed.
+        flops: Matrix work of an item, ours and theirs; empty where time is not what is measured.
+    """
+
+    name: str
+    unit: str
+    goal: float | None
+    at_least: bool
+    ours: list[float]
+    theirs: list[float]
+    flops: list[float] = field(default_factory=list)
+    ratios: list[float] = field(init=False)
+    ratio: float = field(init=False)
+    quartiles: list[float] = field(init=False)
+    floor: float | None = field(init=False)
+    per_second: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        power = -1 if self.at_least else 1
+        self.ratios = [(a / b) ** power for a, b in zip(self.ours, self.theirs, strict=True)]
+        self.ratio = median(self.ratios)
+        self.quartiles = quantiles(self.ratios, n=4, method='inclusive')[::2] if len(self.ratios) > 1 else []
+        self.floor = (self.flops[0] / self.flops[1]) ** power if self.flops else None
+        self.per_second = [1 / median(self.ours), 1 / median(self.theirs)] if self.flops else []
+
+    def passes(self) -> bool:
+        """Whether the goal is reached, if there is one."""
+        return self.goal is None or (self.ratio >= self.goal if self.at_least else self.ratio <= self.goal)
+
+
+def time_sides(
+    name: str,
+    sides: Sides,
+    rounds: int,
+    seconds: float,
+    threads: int,
+    compiled: bool = False,
+    goal: float | None = None,
+    at_least: bool = False,
+) -> Row:
+    """Count the matrix work of both sides, then time them turn by turn, at least ``seconds`` a turn."""
+    built = [build() for build in sides]
+    flops = [side.flops() for side in built]
+    if compiled:
+        torch.compiler.reset()
+        for side in built:
+            side.model.compile()
+    timers = [Timer('step()', globals={'step': side.step}, num_threads=threads) for side in built]
+    numbers = [max(1, round(seconds / timer.timeit(1).median)) for timer in timers]
+    costs: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for side, timer, number, cost in zip(built, timers, numbers, costs, strict=True):
+            cost.append(timer.timeit(number).median / side.items)
+    return Row(name, 'seconds', goal, at_least, costs[0], costs[1], flops)
+
+
+def compare_bytes(name: str, sides: Sides, measure: Callable[[Side], int], goal: float | None = None) -> Row:
+    """Measure the bytes of both sides, one after the other so that neither counts the other's."""
+    costs = []
+    for build in sides:
+        side = build()
+        costs.append([measure(side) / side.items])
+        del side
+        release()
+    return Row(name, 'bytes', goal, False, costs[0], costs[1])
+
+
+def peak_bytes(side: Side) -> int:
+    """Largest CUDA memory during a step, weights, gradients and optimiser state included."""
+    side.step()
+    torch.cuda.reset_peak_memory_stats()
+    side.step()
+    return torch.cuda.max_memory_allocated()
+
+
+def saved_bytes(side: Side) -> int:
+    """Largest sum, during a step, of what autograd keeps for backward: each storage once, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in side.model.parameters()}
+    holders: Counter[int] = Counter()
+    now = peak = 0
+
+    def release_box(storage: int, size: int) -> None:
+        nonlocal now
+        holders[storage] -= 1
+        now -= size if holders[storage] == 0 else 0
+
+    def pack(x: Tensor) -> Box:
+        nonlocal now, peak
+        box, storage, size = Box(x), x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+        if storage not in parameters:
+            now += size if holders[storage] == 0 else 0
+            holders[storage] += 1
+            peak = max(peak, now)
+            weakref.finalize(box, release_box, storage, size)
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        side.step()
+    return peak
+
+
+class Box:
+    """A saved tensor, in something whose end can be noticed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def release() -> None:
+    """Give back what no one holds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what a table was measured."""
+    cpu = [line.split(':')[1].strip() for line in _read('/proc/cpuinfo').splitlines() if line.startswith('model name')]
+    git = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {
+        'cpu': f'{len(cpu)} x {cpu[0]}' if cpu else platform.processor(),
+        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        'system': platform.system(),
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'commit': done.stdout.strip() or None,
+    }
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ''
+
+
+def table(rows: list[Row], peak_tflops: float | None = None) -> str:
+    """Markdown; the floor is the ratio of the matrix work alone."""
+    lines = ['| | ratio | quartiles | floor | goal | ours | theirs |', '|---|---|---|---|---|---|---|']
+    for row in rows:
+        quartiles = ' - '.join(f'{q:.3f}' for q in row.quartiles)
+        floor = f'{row.floor:.3f}' if row.floor else ''
+        goal = f'{"at least" if row.at_least else "at most"} {row.goal:g}' if row.goal else ''
+        sides = [_side(row, i, peak_tflops) for i in (0, 1)]
+        mark = '' if row.passes() else ' (missed)'
+        lines.append(f'| {row.name} | {row.ratio:.3f}{mark} | {quartiles} | {floor} | {goal} | {" | ".join(sides)} |')
+    return '\n'.join(lines)
+
+
+def _side(row: Row, side: int, peak_tflops: float | None) -> str:
+    if not row.flops:
+        return f'{(row.ours, row.theirs)[side][0] / 1e6:.3f} MB'
+    rate, flops = row.per_second[side], row.flops[side]
+    share = f', {rate * flops / peak_tflops / 1e10:.0f} % of peak' if peak_tflops else ''
+    return f'{rate:,.0f} /s, {flops / 1e6:,.2f} MFLOP{share}'
+
+
+def draw(rows: list[Row], title: str) -> Figure:
+    """Draw each ratio with its quartiles, its floor and its goal."""
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout='constrained')
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        axes.plot(row.quartiles, [y] * len(row.quartiles), color='tab:blue', linewidth=3, alpha=0.4)
+        axes.plot(row.ratio, y, 'o', color='tab:blue', label='measured' if y == 0 else None)
+        if row.floor:
+            axes.plot(row.floor, y, 'x', color='black', label='matrix work alone' if y == 0 else None)
+        if row.goal:
+            axes.plot(row.goal, y, '<>'[row.at_least], color='tab:green', label='goal' if y == 0 else None)
+    axes.axvline(1, color='grey', linewidth=0.5)
+    axes.set(xscale='log', yticks=range(len(rows)), yticklabels=[row.name for row in rows], title=title, xlabel='ratio')
+    axes.invert_yaxis()
+    axes.legend(loc='best', fontsize='small')
+    return figure

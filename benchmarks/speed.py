@@ -1,0 +1,228 @@
+"""How fast the workspace is, as ratios, both sides in one process and turn by turn.
+
+    python benchmarks/speed.py --device cuda --peak-tflops 989
+    python benchmarks/speed.py --threads 2
+
+A training step is forward, loss, backward and AdamW. Beside each measured ratio stands its floor, the ratio of the
+matrix work. A table, every round's numbers and a picture go to the folder ``--out``.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from contenders import LoopedWorkspace, vit_like
+from measure import (
+    Row,
+    Side,
+    compare_bytes,
+    draw,
+    environment,
+    peak_bytes,
+    release,
+    saved_bytes,
+    table,
+    time_sides,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from timm_ait import GlobalWorkspace
+
+Args = argparse.Namespace
+Case = tuple[str, Callable[[str], Row]]
+
+ROWS = ('inference', 'training', 'memory', 'depth', 'tokens', 'authors')
+SIZES = ('small', 'medium', 'base')
+LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
+    '32': {size: (f'ait_{size}_patch4_32', {}) for size in SIZES},
+    '224': {size: (f'ait_{size}', {}) for size in SIZES},
+    'toy': {size: ('test_ait', {'depth': depth}) for size, depth in zip(SIZES, (1, 2, 4), strict=True)},
+}
+DEFAULTS = {
+    'cpu': {'layouts': ['32'], 'sizes': ['small'], 'batch_sizes': [32], 'tokens': [4096, 8192, 16384, 32768]}
+    | {'dtype': 'float32', 'rounds': 9},
+    'cuda': {'layouts': ['32', '224'], 'sizes': SIZES, 'batch_sizes': [256], 'tokens': [4096, 16384, 65536, 262144]}
+    | {'dtype': 'bfloat16', 'rounds': 15},
+}
+QUICK = {'layouts': ['toy'], 'sizes': ['small'], 'batch_sizes': [2], 'tokens': [64, 128], 'rounds': 2}
+TURN = 0.2  # seconds of a turn, so that a clock's grain and a launch's delay do not count
+WIDTH, IMAGE_TOKENS = 768, 64  # of the layer alone: the paper's
+
+
+def create(layout: str, size: str, write_grad: bool = True) -> nn.Module:
+    """Create an AiT of a layout and size."""
+    name, model_args = LAYOUTS[layout][size]
+    return timm.create_model(name, write_grad=write_grad, **model_args)
+
+
+def create_vit(layout: str, size: str) -> nn.Module:
+    """Create the ViT of the same shape."""
+    return vit_like(create(layout, size))
+
+
+def images_for(model: nn.Module, batch: int, args: Args) -> Tensor:
+    """Random images (B, 3, H, W) of the model's size."""
+    return torch.randn(batch, 3, *model.patch_embed.img_size, device=args.device)
+
+
+def autocast(args: Args) -> torch.autocast:
+    """Mixed precision, where the data type is not float32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == 'bfloat16')
+
+
+def inference(build: Callable[[], nn.Module], batch: int, args: Args) -> Side:
+    """Logits of a batch, in evaluation."""
+    model = build().to(args.device).eval()
+    images = images_for(model, batch, args)
+
+    def step() -> None:
+        with torch.inference_mode(), autocast(args):
+            model(images)
+
+    return Side(model, step, batch)
+
+
+def training(build: Callable[[], nn.Module], batch: int, args: Args) -> Side:
+    """A training step with a batch."""
+    model = build().to(args.device).train()
+    images = images_for(model, batch, args)
+    labels = torch.randint(model.num_classes, (batch,), device=args.device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> None:
+        with autocast(args):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Side(model, step, batch)
+
+
+def workspace(layer: type[nn.Module], tokens: int, is_training: bool, args: Args) -> Side:
+    """A layer over so many tokens, forward and in training backward; a feed-forward part of width 1 costs nothing."""
+    model = layer(WIDTH, 1).to(args.device).train(is_training)
+    x = torch.randn(tokens // IMAGE_TOKENS, IMAGE_TOKENS, WIDTH, device=args.device, requires_grad=is_training)
+    grad = torch.randn_like(x)
+
+    def step() -> None:
+        with torch.set_grad_enabled(is_training), autocast(args):
+            y = model(x)
+        if is_training:
+            torch.autograd.backward([y, model.balance_loss()], [grad.to(y.dtype), None])
+            model.zero_grad()
+            x.grad = None
+
+    return Side(model, step, tokens)
+
+
+def model_cases(args: Args) -> Iterator[Case]:
+    """AiT against the ViT of the same shape: inference, training and memory."""
+    timed = time_with(args)
+    for layout, size, batch in product(args.layouts, args.sizes, args.batch_sizes):
+        label = f'{LAYOUTS[layout][size][0]}, batch {batch}'
+        vit = partial(create_vit, layout, size)
+        if 'inference' in args.rows:
+            sides = tuple(partial(inference, build, batch, args) for build in (partial(create, layout, size), vit))
+            yield f'inference, {label}', partial(timed, sides=sides, goal=1.02)
+        for write_grad, goal in ((False, 1.07), (True, 1.10)):
+            ait = partial(create, layout, size, write_grad)
+            sides = tuple(partial(training, build, batch, args) for build in (ait, vit))
+            name = f'write_grad={write_grad}, {label}'
+            if 'training' in args.rows:
+                yield f'training, {name}', partial(timed, sides=sides, goal=goal)
+            if 'memory' in args.rows:
+                yield f'saved for backward, {name}', partial(compare_bytes, sides=sides, measure=saved_bytes, goal=1.08)
+            if 'memory' in args.rows and args.device == 'cuda':
+                yield f'peak memory, {name}', partial(compare_bytes, sides=sides, measure=peak_bytes, goal=1.08)
+
+
+def depth_cases(args: Args) -> Iterator[Case]:
+    """AiT-Medium against ViT-Base: half the depth."""
+    for layout, batch, kind in product(args.layouts, args.batch_sizes, (inference, training)):
+        builds = (partial(create, layout, 'medium'), partial(create_vit, layout, 'base'))
+        sides = tuple(partial(kind, build, batch, args) for build in builds)
+        name = f'throughput in {kind.__name__}, medium {layout} / ViT-Base, batch {batch}'
+        yield name, partial(time_with(args), sides=sides, goal=1.9, at_least=True)
+
+
+def workspace_cases(args: Args) -> Iterator[Case]:
+    """The workspace without its feed-forward part: as the tokens grow, and against the authors' way."""
+    timed = time_with(args)
+    first, *others = args.tokens
+    for tokens in others if 'tokens' in args.rows else []:
+        sides = tuple(partial(workspace, GlobalWorkspace, n, True, args) for n in (tokens, first))
+        yield f'cost per token, {tokens} / {first} tokens', partial(timed, sides=sides, goal=1.10)
+    ours = partial(GlobalWorkspace, write_grad=False)  # as theirs
+    for tokens, is_training in product(args.tokens if 'authors' in args.rows else [], (False, True)):
+        sides = tuple(partial(workspace, layer, tokens, is_training, args) for layer in (ours, LoopedWorkspace))
+        name = f"speed in {'training' if is_training else 'inference'}, ours / authors' way, {tokens} tokens"
+        yield name, partial(timed, sides=sides, goal=2.0 if args.device == 'cuda' else None, at_least=True)
+
+
+def time_with(args: Args) -> Callable[..., Row]:
+    """:func:`time_sides` with the options."""
+    turn = 0.0 if args.quick else TURN
+    return partial(time_sides, rounds=args.rounds, seconds=turn, threads=args.threads, compiled=args.compile)
+
+
+def measure(cases: list[Case]) -> list[Row]:
+    """Measure case after case, leaving out what does not fit in memory."""
+    rows = []
+    for name, run in (progress := tqdm(cases)):
+        progress.set_postfix_str(name)
+        try:
+            rows.append(run(name))
+        except torch.OutOfMemoryError:
+            tqdm.write(f'left out, does not fit in memory: {name}')
+        release()
+    return rows
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='bfloat16 is autocast')
+    parser.add_argument('--compile', action='store_true', help='torch.compile for both sides')
+    parser.add_argument('--rows', nargs='+', choices=ROWS, default=ROWS)
+    parser.add_argument('--layouts', nargs='+', choices=tuple(LAYOUTS))
+    parser.add_argument('--sizes', nargs='+', choices=SIZES)
+    parser.add_argument('--batch-sizes', nargs='+', type=int)
+    parser.add_argument('--tokens', nargs='+', type=int, help=f'of a layer alone, multiples of {IMAGE_TOKENS}')
+    parser.add_argument('--rounds', type=int)
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--peak-tflops', type=float, help='of the device at this dtype, for the share reached')
+    parser.add_argument('--quick', action='store_true', help='toy sizes')
+    parser.add_argument('--out', type=Path, default=Path('output/speed'))
+    args = parser.parse_args(argv)
+    for name, value in {**DEFAULTS[args.device], **(QUICK if args.quick else {})}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.manual_seed(0)
+    depth = depth_cases(args) if 'depth' in args.rows else []
+    rows = measure([*model_cases(args), *depth, *workspace_cases(args)])
+    print(table(rows, args.peak_tflops))
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    record = {**environment(), 'arguments': arguments, 'rows': [asdict(row) for row in rows]}
+    stem.with_suffix('.json').write_text(json.dumps(record, indent=1))
+    title = f'{record["gpu"] if args.device == "cuda" else record["cpu"]}, {stem.name}, {record["commit"]}'
+    draw(rows, title).savefig(stem.with_suffix('.png'), dpi=120)
+
+
+if __name__ == '__main__':
+    main()
