@@ -1,0 +1,193 @@
+"""What makes the workspace fast, and the benchmark that times it. No test here asserts a time."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_ait import GlobalWorkspace, NormalizedPatchEmbed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import speed
+from contenders import LoopedWorkspace, vit_like
+from measure import Row, Side, compare_bytes, saved_bytes, table, time_sides
+
+B, N, E, HIDDEN = 7, 11, 17, 19
+T = B * N
+SIZES = dict(num_slots=13, slot_dim=3, write_heads=5, bottleneck=2)
+LOGITS = SIZES['write_heads'] * SIZES['num_slots'] * T  # S*M*T, more than the T*HIDDEN of the feed-forward part
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operations that run, and the storages of the tensors that they make, held so that each counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.made: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func.name())
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.made[x.untyped_storage().data_ptr()] = x
+        return result
+
+    def larger_than(self, numbers: int) -> list[tuple[int, ...]]:
+        """Shapes of the tensors that hold at least so many numbers."""
+        return [tuple(x.shape) for x in self.made.values() if x.untyped_storage().nbytes() >= numbers * x.itemsize]
+
+
+def record(layer: nn.Module, backward: bool) -> tuple[Recorder, Recorder]:
+    """Run forward and, where wanted, backward."""
+    x = torch.randn(B, N, E, requires_grad=True)
+    with Recorder() as forward:
+        y = layer(x)
+    with Recorder() as gradient:
+        if backward:
+            torch.autograd.backward([y, layer.balance_loss()], [torch.randn_like(y), None])
+    return forward, gradient
+
+
+@pytest.fixture(scope='module')
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp('speed')
+    speed.main(['--quick', '--out', str(out)])
+    return out
+
+
+def test_the_benchmark_writes_every_row_of_the_table(measured: Path) -> None:
+    record = json.loads((measured / 'speed-cpu-float32.json').read_text())
+    names = [row['name'] for row in record['rows']]
+    for start in ('inference', 'training', 'saved', 'throughput', 'cost per token', 'speed in training'):
+        assert any(name.startswith(start) for name in names), start
+    for row in record['rows']:
+        numbers = [*row['ours'], *row['theirs'], *row['ratios'], row['ratio'], *row['flops'], *row['quartiles']]
+        assert all(math.isfinite(x) and x > 0 for x in numbers), row
+        assert len(row['ours']) == len(row['theirs']) == (1 if row['unit'] == 'bytes' else 2)
+    assert {'cpu', 'torch', 'timm', 'commit', 'arguments'} <= record.keys()
+    assert (measured / 'speed-cpu-float32.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_row_is_the_median_of_its_rounds_and_knows_its_goal() -> None:
+    cost = Row('cost', 'seconds', 1.5, False, ours=[2.0, 3.0, 8.0], theirs=[2.0, 2.0, 4.0], flops=[6.0, 3.0])
+    assert (cost.ratio, cost.quartiles, cost.floor, cost.passes()) == (1.5, [1.25, 1.75], 2.0, True)
+    speedup = Row('speed', 'seconds', 1.9, True, ours=[2.0], theirs=[3.0], flops=[1.0, 2.0])
+    assert (speedup.ratio, speedup.floor, speedup.passes()) == (1.5, 2.0, False)
+    assert 'speed | 1.500 (missed) |' in table([cost, speedup], peak_tflops=1.0)
+
+
+def test_rounds_alternate_between_the_sides() -> None:
+    turns: list[str] = []
+    sides = [lambda name=name: Side(nn.Identity(), lambda: turns.append(name), 1) for name in 'ab']
+    with pytest.raises(ZeroDivisionError):  # without matrix work there is no floor
+        time_sides('nothing', (sides[0], sides[1]), rounds=2, seconds=0.0, threads=1)
+    assert ''.join(turns).endswith('aaabbbaaabbb')  # timeit warms up with two steps
+
+
+@pytest.mark.parametrize('name', ['test_ait', 'ait_small'])
+def test_the_vit_differs_in_the_workspace_alone(name: str) -> None:
+    ait = timm.create_model(name, num_classes=3)
+    vit = vit_like(ait)
+    ours, theirs = (
+        {key: x.shape for key, x in model.state_dict().items() if '.mlp.' not in key} for model in (ait, vit)
+    )
+    assert ours == theirs
+    assert all(type(block) is Block and block.mlp.fc1.out_features for block in vit.blocks)
+    assert isinstance(vit.patch_embed, NormalizedPatchEmbed) == (name == 'test_ait')
+    for a, v in zip(ait.blocks, vit.blocks, strict=True):
+        assert a.mlp.fc1.weight.shape == v.mlp.fc1.weight.shape
+        assert (a.attn.num_heads, a.norm1.eps) == (v.attn.num_heads, v.norm1.eps)
+
+
+def test_the_authors_way_computes_what_ours_does() -> None:
+    ours, theirs = GlobalWorkspace(E, HIDDEN, **SIZES, write_grad=False), LoopedWorkspace(E, HIDDEN, **SIZES)
+    renamed = {'0.': 'fc1.', '2.': 'fc2.', '3.': 'norm.'}
+    state = {key.removeprefix('feed_forward.'): x for key, x in theirs.state_dict().items()}
+    ours.load_state_dict({renamed.get(key[:2], key[:2]) + key[2:]: x for key, x in state.items()})
+    x = torch.randn(B, N, E)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.memory, theirs.memory)
+    torch.testing.assert_close(ours.balance_loss(), theirs.balance_loss())
+
+
+@pytest.mark.parametrize('write_grad', [False, True])
+def test_no_loop_runs_over_heads(write_grad: bool) -> None:
+    def count(layer: nn.Module) -> list[int]:
+        return [len(recorder.names) for recorder in record(layer, backward=True)]
+
+    few, many = (
+        GlobalWorkspace(E, HIDDEN, **{**SIZES, 'write_heads': heads}, write_grad=write_grad) for heads in (2, 7)
+    )
+    assert count(few) == count(many)
+    looped = [LoopedWorkspace(E, HIDDEN, **{**SIZES, 'write_heads': heads}) for heads in (2, 7)]
+    assert count(looped[0]) < count(looped[1])
+
+
+@pytest.mark.parametrize('write_grad', [False, True])
+def test_nothing_but_the_logits_is_as_large_as_heads_x_slots_x_tokens(write_grad: bool) -> None:
+    shape = (SIZES['write_heads'], SIZES['num_slots'], T)
+    forward, backward = record(GlobalWorkspace(E, HIDDEN, **SIZES, write_grad=write_grad), backward=True)
+    assert forward.larger_than(LOGITS) == [shape]
+    gradient = backward.larger_than(LOGITS)  # that of the logits: zeros, and the gates' gradient scattered into them
+    assert len(gradient) <= 2
+    assert all(sorted(found) == sorted(shape) for found in gradient)
+
+
+@pytest.mark.parametrize('write_grad', [False, True])
+def test_the_logits_are_not_saved_for_backward(write_grad: bool) -> None:
+    layer = GlobalWorkspace(E, HIDDEN, **SIZES, write_grad=write_grad)
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        layer(torch.randn(B, N, E, requires_grad=True))
+    assert kept
+    assert max(x.untyped_storage().nbytes() // x.itemsize for x in kept) < LOGITS
+
+
+def test_evaluation_does_nothing_for_the_write() -> None:
+    layer = GlobalWorkspace(E, HIDDEN, **SIZES).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward, _ = record(layer, backward=False)
+    slots = SIZES['num_slots']
+    feed_forward, retrieval, lift = 2 * T * E * HIDDEN, 2 * T * E * slots, slots * SIZES['slot_dim'] * E
+    assert counter.get_total_flops() <= 2 * (feed_forward + retrieval + lift)
+    written = ('topk', 'embedding_bag', 'scatter', 'gather', 'index', 'sort', 'isfinite')
+    assert not [name for name in forward.names if any(part in name for part in written)]
+    assert forward.larger_than(LOGITS) == []
+
+
+def test_saved_bytes_counts_a_storage_once_and_parameters_never() -> None:
+    linear = nn.Linear(3, 5, bias=False)
+    x = torch.randn(2, 3, requires_grad=True)
+
+    def step() -> None:
+        (linear(x).exp() + linear(x)).sum().backward()  # saves x twice, the weight and what exp returns
+
+    assert saved_bytes(Side(linear, step, 1)) == 4 * (x.numel() + 2 * 5)
+
+
+@pytest.mark.parametrize(('write_grad', 'bound'), [(False, 1.16), (True, 1.19)])
+def test_training_saves_little_more_than_a_vit_does(write_grad: bool, bound: float) -> None:
+    args = speed.parse([])
+    builds = [
+        lambda: timm.create_model('ait_small_patch4_32', depth=1, write_grad=write_grad),
+        lambda: vit_like(timm.create_model('ait_small_patch4_32', depth=1)),
+    ]
+    sides = [lambda build=build: speed.training(build, 8, args) for build in builds]
+    assert compare_bytes('', (sides[0], sides[1]), saved_bytes).ratio <= bound
