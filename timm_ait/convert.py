@@ -1,17 +1,32 @@
-"""Checkpoints of others, read by strict key tables: the authors' AiT and timm's ViT.
+"""Checkpoints, of others too, read by strict key tables: the authors' AiT and timm's ViT.
 
 Every key of a foreign checkpoint is renamed, left out for a stated reason, or an error that names it.
 """
 
+import argparse
+import pickle
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import safetensors.torch
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import clean_state_dict
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .ait import AssociativeTransformer
 
-__all__ = ['checkpoint_filter_fn', 'convert_authors', 'convert_vit', 'fit_pretrained', 'is_authors']
+__all__ = [
+    'Checkpoint',
+    'checkpoint_filter_fn',
+    'convert_authors',
+    'convert_vit',
+    'fit_pretrained',
+    'is_authors',
+    'read_checkpoint',
+]
 
 StateDict = dict[str, Tensor]
 
@@ -155,17 +170,16 @@ def convert_vit(state_dict: StateDict, own: StateDict) -> StateDict:
 
 def _fit_stem(state_dict: StateDict, model: 'AssociativeTransformer') -> StateDict:
     """Resample a position embedding to the model's grid, and a norm over the pixels of a patch to its channels."""
-    from timm.layers import resample_abs_pos_embed
-
     pos_embed = state_dict.get('pos_embed')
     if pos_embed is not None and model.pos_embed is not None and pos_embed.shape[1] != model.pos_embed.shape[1]:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         grid = model.patch_embed.grid_size
         pos_embed = resample_abs_pos_embed(pos_embed, new_size=grid, num_prefix_tokens=prefix)
         state_dict = {**state_dict, 'pos_embed': pos_embed}
+    pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1]
     for key in ('patch_embed.patch_norm.weight', 'patch_embed.patch_norm.bias'):
-        pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1]
-        if key in state_dict and state_dict[key].numel() != model.in_chans * pixels:
+        size = state_dict[key].numel() if key in state_dict else 0
+        if size != model.in_chans * pixels and size % pixels == 0 < size:
             per_pixel = state_dict[key].view(-1, pixels).mean(dim=0)  # timm sums or repeats the projection itself
             state_dict = {**state_dict, key: per_pixel.repeat(model.in_chans)}
     return state_dict
@@ -227,3 +241,41 @@ def _without_pooling_norm(state_dict: StateDict, model: 'AssociativeTransformer'
 
 def _some(keys: list[str]) -> str:
     return ', '.join(keys[:5]) + (f' and {len(keys) - 5} more' if len(keys) > 5 else '') if keys else 'none'
+
+
+class Checkpoint(NamedTuple):
+    """What a training run has left.
+
+    Attributes:
+        state_dict: The weights.
+        args: Arguments of train.py; empty where the file holds weights alone.
+        is_ema: Whether the weights are the averaged ones.
+        facts: Epoch and validation metric, where they are known.
+    """
+
+    state_dict: dict[str, Tensor]
+    args: dict[str, Any]
+    is_ema: bool
+    facts: dict[str, Any]
+
+
+def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
+    """Read a checkpoint without running any code in it; averaged weights come first where there are any.
+
+    Raises:
+        ValueError: For a file that is missing, no checkpoint, or more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise ValueError(f'there is no checkpoint {path}; train.py writes output/<experiment>/model_best.pth.tar')
+    if path.suffix == '.safetensors':
+        return Checkpoint(safetensors.torch.load_file(path), {}, False, {})
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f'{path} is no checkpoint of tensors and plain values, and is not opened: {error}') from error
+    is_ema = use_ema and 'state_dict_ema' in content
+    state_dict = content.get('state_dict_ema' if is_ema else 'state_dict', content.get('model', content))
+    facts = {'epoch': content.get('epoch'), content.get('metric_name', 'metric'): content.get('metric')}
+    facts = {key: value for key, value in facts.items() if isinstance(value, (int, float))}
+    return Checkpoint(clean_state_dict(state_dict), vars(content.get('args', argparse.Namespace())), is_ema, facts)

@@ -1,0 +1,139 @@
+"""The model card of one set of weights, in the Hub's format, out of facts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+
+from .pretrained import FILENAME, HUB_ORGANISATION, sha256_of
+
+__all__ = ['default_repo', 'write_card']
+
+# Arguments of train.py that make a recipe; paths, names and switches of the machine are nobody's business.
+RECIPE = (
+    *(
+        'model',
+        'model_kwargs',
+        'pretrained',
+        'img_size',
+        'input_size',
+        'num_classes',
+        'epochs',
+        'batch_size',
+        'world_size',
+    ),
+    *('opt', 'lr', 'lr_base', 'opt_betas', 'opt_eps', 'momentum', 'weight_decay', 'layer_decay', 'clip_grad'),
+    *('sched', 'warmup_epochs', 'warmup_lr', 'cooldown_epochs', 'min_lr', 'grad_accum_steps', 'amp', 'amp_dtype'),
+    *('scale', 'ratio', 'hflip', 'vflip', 'train_crop_mode', 'color_jitter', 'aa', 'reprob', 'mixup', 'cutmix'),
+    *('mixup_prob', 'mixup_switch_prob', 'mixup_off_epoch', 'smoothing', 'drop', 'drop_path', 'bce_loss'),
+    *('model_ema', 'model_ema_decay', 'model_ema_warmup', 'seed'),
+)
+METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %', 'metric': 'metric of the training run'}
+BODY = """# {name}
+
+An [Associative Transformer](https://arxiv.org/abs/2309.12862) (AiT) for [timm](https://github.com/huggingface/pytorch-image-models):
+`{architecture}`, {millions:.1f} M parameters, images of {size}, {classes} classes.
+
+```python
+import timm
+import timm_ait  # registers the models: pip install timm_ait
+
+model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+## Results
+
+{results}
+
+## Recipe
+
+{recipe}
+
+## Provenance
+
+- Weights: {weights}, sha256 of `{filename}`: `{sha256}`
+- Code: `{commit}`
+- Written with timm {timm}, torch {torch}
+"""
+
+
+def default_repo(folder: Path) -> str:
+    """The repository that a folder is meant for, by its name."""
+    return f'{HUB_ORGANISATION}/{folder.name}'
+
+
+def write_card(
+    folder: Path, facts: dict[str, Any], args: dict[str, Any], dataset: str, commit: str, weights: str
+) -> None:
+    """Write README.md beside config.json and the weights.
+
+    Args:
+        folder: Of the weights.
+        facts: Metrics by name, as validate.py and train.py call them.
+        args: Arguments of train.py.
+        dataset: What the metrics are on.
+        commit: Of the code that trained.
+        weights: Which weights of the run these are.
+    """
+    config = json.loads((folder / 'config.json').read_text())
+    model = timm.create_model(config['architecture'], **config['model_args'])
+    body = BODY.format(
+        name=folder.name,
+        repo=default_repo(folder),
+        architecture=config['architecture'],
+        millions=sum(p.numel() for p in model.parameters()) / 1e6,
+        size='x'.join(str(size) for size in config['pretrained_cfg']['input_size']),
+        classes=config['num_classes'],
+        results=_results(facts, dataset),
+        recipe=_recipe(args),
+        weights=weights,
+        filename=FILENAME,
+        sha256=sha256_of(folder / FILENAME),
+        commit=commit,
+        timm=timm.__version__,
+        torch=torch.__version__,
+    )
+    head = _metadata(folder.name, facts, dataset, config['pretrained_cfg'].get('license', 'apache-2.0'))
+    (folder / 'README.md').write_text(f'---\n{head}\n---\n{body}')
+
+
+def _results(facts: dict[str, Any], dataset: str) -> str:
+    lines = [f'- {METRICS[key]}: {facts[key]}' for key in METRICS if key in facts]
+    if not lines:
+        return 'None are stated.'
+    return '\n'.join([f'On {dataset or "a data set that was not named"}:', '', *lines])
+
+
+def _recipe(args: dict[str, Any]) -> str:
+    given = {key: args[key] for key in RECIPE if args.get(key) not in (None, False, '', {}, ())}
+    if not given:
+        return 'Not stated.'
+    return '\n'.join(["Arguments of timm's train.py:", '', '```yaml', *(f'{k}: {v}' for k, v in given.items()), '```'])
+
+
+def _metadata(name: str, facts: dict[str, Any], dataset: str, license: str) -> str:
+    results = None
+    if dataset and 'top1' in facts:
+        results = [
+            EvalResult(
+                task_type='image-classification',
+                dataset_type='imagefolder',
+                dataset_name=dataset,
+                metric_type='accuracy',
+                metric_name='top-1 accuracy',
+                metric_value=facts['top1'],
+            )
+        ]
+    data = ModelCardData(
+        license=license,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['timm', 'timm_ait', 'image-classification'],
+        model_name=name,
+        eval_results=results,
+    )
+    return str(data.to_yaml())
