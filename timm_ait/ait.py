@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from timm.layers import PatchEmbed, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, register_notrace_module
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -26,6 +31,8 @@ __all__ = ['AssociativeBlock', 'AssociativeTransformer', 'NormalizedPatchEmbed']
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+UPCYCLED: dict[str, Any] = dict(retrieval_scale=0.0)
 
 register_notrace_module(GlobalWorkspace)
 
@@ -361,7 +368,34 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(**dict(cifar, **kwargs))
 
 
-# A tag has weights, for timm.list_pretrained and pretrained=True, where published() or packaged() names their file.
+def _vit_cfgs(name: str) -> dict[str, dict[str, Any]]:
+    """Tags of ``name`` whose weights are those of timm's ViT-B/16 on the Hub, the best first.
+
+    Files of other owners can be replaced by them, so no hash is pinned: the Hub's own is checked.
+    """
+    imagenet = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    tags: dict[str, dict[str, Any]] = {
+        'augreg2_in21k_ft_in1k': {},
+        'augreg_in21k_ft_in1k': {},
+        'orig_in21k_ft_in1k': {},
+        'sam_in1k': {},
+        'augreg_in1k': {},
+        'augreg_in21k': dict(num_classes=21843),
+        'dino': dict(num_classes=0, **imagenet),
+        'mae': dict(num_classes=0, license='cc-by-nc-4.0', **imagenet),
+    }
+    return {
+        f'{name}.{tag}': _cfg(
+            hf_hub_id=f'timm/vit_base_patch16_224.{tag}',
+            hf_hub_filename='model.safetensors',
+            description='The weights of a ViT, not trained as an AiT: a start for fine-tuning',
+            **changes,
+        )
+        for tag, changes in tags.items()
+    }
+
+
+# A tag has weights, for timm.list_pretrained and pretrained=True, where its config names their file.
 default_cfgs = generate_default_cfgs(
     {
         'ait_small.untrained': _cfg(),
@@ -370,6 +404,9 @@ default_cfgs = generate_default_cfgs(
         'ait_small_patch4_32.cifar10': _cifar_cfg(),
         'ait_medium_patch4_32.cifar10': _cifar_cfg(),
         'ait_base_patch4_32.cifar10': _cifar_cfg(),
+        **_vit_cfgs('ait_vit_small_patch16_224'),
+        **_vit_cfgs('ait_vit_medium_patch16_224'),
+        **_vit_cfgs('ait_vit_base_patch16_224'),
         'test_ait.cifar10': _cifar_cfg(),
     }
 )
@@ -433,6 +470,24 @@ def ait_medium_patch4_32(pretrained: bool = False, **kwargs: Any) -> Associative
 def ait_base_patch4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Base of the paper's CIFAR experiments: depth 12, 90.9 M parameters."""
     return _create_ait('ait_base_patch4_32', pretrained, **_paper(12, kwargs))
+
+
+@register_model
+def ait_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
+    """AiT-Small that starts from blocks 0 and 11 of a ViT-B/16: depth 2. To be fine-tuned before it is of use."""
+    return _create_ait('ait_vit_small_patch16_224', pretrained, **_vit_b16(2, dict(UPCYCLED, **kwargs)))
+
+
+@register_model
+def ait_vit_medium_patch16_224(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
+    """AiT-Medium that starts from blocks 0, 2, 4, 7, 9, 11 of a ViT-B/16. To be fine-tuned before it is of use."""
+    return _create_ait('ait_vit_medium_patch16_224', pretrained, **_vit_b16(6, dict(UPCYCLED, **kwargs)))
+
+
+@register_model
+def ait_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
+    """AiT-Base that starts as a ViT-B/16, with its logits: each block keeps the ViT's path, retrieval grows from 0."""
+    return _create_ait('ait_vit_base_patch16_224', pretrained, **_vit_b16(12, dict(UPCYCLED, **kwargs)))
 
 
 @register_model

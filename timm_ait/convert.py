@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     'Checkpoint',
     'checkpoint_filter_fn',
+    'choose_layers',
     'convert_authors',
     'convert_vit',
     'fit_pretrained',
@@ -62,7 +63,7 @@ AUTHORS_UNUSED = re.compile(
 )
 # What a workspace has and a ViT has not: keeps the model's own values.
 WORKSPACE_KEYS = re.compile(
-    r'blocks\.\d+\.mlp\.((norm|write_norm|lift)\.(weight|bias)|(query|key|value|proj)\.weight|memory)'
+    r'blocks\.\d+\.mlp\.((norm|write_norm|lift)\.(weight|bias)|(query|key|value|proj)\.weight|memory|scale)'
 )
 
 
@@ -118,7 +119,7 @@ def _own_names(state_dict: StateDict, model: 'AssociativeTransformer') -> StateD
     if is_authors(state_dict):
         return convert_authors(state_dict, model.patch_embed.patch_size)
     if not any(key.endswith('mlp.memory') for key in state_dict):
-        return convert_vit(state_dict, model.state_dict())
+        return convert_vit(state_dict, model)
     return state_dict
 
 
@@ -163,9 +164,36 @@ def _channels_first(value: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return pixels.flatten() if value.ndim == 1 else pixels.contiguous()
 
 
-def convert_vit(state_dict: StateDict, own: StateDict) -> StateDict:
-    """Add to the checkpoint of a ViT what a workspace needs beside it, from the state dict ``own`` of the model."""
-    return {**{key: value for key, value in own.items() if WORKSPACE_KEYS.fullmatch(key)}, **state_dict}
+def convert_vit(state_dict: StateDict, model: 'AssociativeTransformer') -> StateDict:
+    """Add to the checkpoint of a ViT what a workspace needs beside it, with the model's own values.
+
+    A model that keeps the ViT's own path (``retrieval_scale``) may have fewer blocks, see :func:`choose_layers`.
+    """
+    blocks = {int(key.split('.')[1]) for key in state_dict if key.startswith('blocks.')}
+    if model.blocks[0].mlp.retrieval_scale is not None and len(blocks) > len(model.blocks):
+        place = {layer: i for i, layer in enumerate(choose_layers(len(blocks), len(model.blocks)))}
+        state_dict = {_moved(key, place): value for key, value in state_dict.items() if _moved(key, place)}
+    own = {key: value for key, value in model.state_dict().items() if WORKSPACE_KEYS.fullmatch(key)}
+    return {**own, **state_dict}
+
+
+def choose_layers(available: int, depth: int) -> list[int]:
+    """Which blocks of a deeper ViT a shallower model starts from: evenly spread, the first and the last among them.
+
+    Out of 12 these are 0, 2, 4, 7, 9, 11 for depth 6, and 0, 11 for depth 2. The first block was trained to read the
+    stem, the last to write for the final norm and the classifier; DistilBERT (arXiv:1910.01108) halves BERT so.
+    """
+    if depth == 1:
+        return [available - 1]
+    return [(2 * i * (available - 1) + depth - 1) // (2 * (depth - 1)) for i in range(depth)]  # rounded
+
+
+def _moved(key: str, place: dict[int, int]) -> str:
+    """The name of a parameter after its block has moved, '' where the block is left out."""
+    block = re.fullmatch(r'blocks\.(\d+)\.(.+)', key)
+    if block is None:
+        return key
+    return f'blocks.{place[int(block[1])]}.{block[2]}' if int(block[1]) in place else ''
 
 
 def _fit_stem(state_dict: StateDict, model: 'AssociativeTransformer') -> StateDict:

@@ -1,0 +1,207 @@
+"""AiT that starts from the weights of a ViT: timm's repositories on the Hub, played by a small one on loopback."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_server import LoopbackHub
+from test_hub import Child, blobs
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from timm_ait import ait
+from timm_ait.convert import choose_layers
+
+VIT = 'vit_base_patch16_224'
+MODELS = {'ait_vit_base_patch16_224': 12, 'ait_vit_medium_patch16_224': 6, 'ait_vit_small_patch16_224': 2}
+TAGS = list(ait.default_cfgs['ait_vit_base_patch16_224'].cfgs)
+BEST = f'timm/{VIT}.augreg2_in21k_ft_in1k'
+# The shape of the ViT in small: only widths and image differ, layout and names are those of ViT-B/16.
+TOY: dict[str, Any] = dict(embed_dim=24, num_heads=3, img_size=32, patch_size=16)
+MEMORY: dict[str, Any] = dict(num_slots=7, slot_dim=5, write_heads=2, bottleneck=11)
+
+
+def make_vit(**kwargs: Any) -> nn.Module:
+    """A ViT of random weights, norms and biases included, so that nothing can be left out unnoticed."""
+    torch.manual_seed(5)
+    vit = timm.create_model(VIT, **dict(TOY, **kwargs)).eval()
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return vit
+
+
+def images(size: int = 32) -> Tensor:
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def logits_of(name: str, channels: int = 3, **kwargs: Any) -> Tensor:
+    """In the child: the logits that a user of ``name`` gets from its pretrained weights."""
+    size = kwargs.get('img_size', 224)
+    return timm.create_model(name, pretrained=True, **kwargs).eval()(images(size)[:, :channels]).numpy()
+
+
+@pytest.fixture(scope='module')
+def served() -> Iterator[LoopbackHub]:
+    server = LoopbackHub()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope='module')
+def child(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    one = Child(tmp_path_factory.mktemp('home'), HF_ENDPOINT=served.url)
+    yield one
+    one.pool.shutdown()
+
+
+@pytest.fixture
+def remote(served: LoopbackHub) -> LoopbackHub:
+    """Timm's repository, with a toy ViT under the true file name and keys."""
+    served.repos = {BEST: {'model.safetensors': safetensors.torch.save(make_vit().state_dict())}}
+    served.requests.clear()
+    return served
+
+
+@torch.no_grad()
+def test_the_upcycled_models_logits_are_those_of_the_vit(remote: LoopbackHub, child: Child, tmp_path: Path) -> None:
+    upcycled = child(logits_of, 'ait_vit_base_patch16_224', cache_dir=tmp_path, **TOY, **MEMORY)
+    expected = make_vit()(images())
+    assert expected.std() > 0.1
+    torch.testing.assert_close(torch.from_numpy(upcycled), expected, rtol=0, atol=1e-5)
+    path = f'/{BEST}/resolve/main/model.safetensors'
+    assert remote.requests == [f'HEAD {path}', f'GET {path}']
+
+
+@torch.no_grad()
+def test_so_are_those_of_the_full_size_at_224_pixels(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    vit = timm.create_model(VIT).eval()
+    nn.init.normal_(vit.head.weight, std=0.1)
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / 'vit.safetensors')
+    x, expected = images(224)[:1], vit(images(224)[:1])
+    del vit
+    file = dict(file=str(tmp_path / 'vit.safetensors'))
+    model = timm.create_model('ait_vit_base_patch16_224', pretrained=True, pretrained_cfg_overlay=file).eval()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('tag', TAGS)
+def test_each_tag_is_read_as_timm_reads_its_vit(tag: str) -> None:
+    theirs = get_pretrained_cfg(f'{VIT}.{tag}')
+    assert theirs is not None
+    for name in MODELS:
+        ours = get_pretrained_cfg(f'{name}.{tag}')
+        assert ours is not None
+        assert ours.hf_hub_id == theirs.hf_hub_id.rstrip('/') + (f'/{VIT}.{tag}' if theirs.hf_hub_id == 'timm/' else '')
+        assert ours.hf_hub_filename == 'model.safetensors'
+        for field in ('mean', 'std', 'crop_pct', 'interpolation', 'num_classes', 'input_size', 'license', 'crop_mode'):
+            assert getattr(ours, field) == getattr(theirs, field), field
+        assert (ours.first_conv, ours.classifier) == (theirs.first_conv, theirs.classifier)
+        assert 'not trained as an AiT' in str(ours.description)
+
+
+def test_the_best_vit_is_the_default_and_all_are_listed_as_pretrained() -> None:
+    listed = timm.list_models('ait_vit_*', module='ait', pretrained=True)
+    assert set(listed) == {f'{name}.{tag}' for name in MODELS for tag in TAGS}
+    for name in MODELS:
+        assert timm.create_model(name, **TOY).pretrained_cfg['tag'] == 'augreg2_in21k_ft_in1k'
+
+
+def test_the_layers_of_a_shallower_model_are_spread_evenly_with_both_ends() -> None:
+    assert choose_layers(12, 12) == list(range(12))
+    assert choose_layers(12, 6) == [0, 2, 4, 7, 9, 11]
+    assert choose_layers(12, 2) == [0, 11]
+    assert choose_layers(12, 1) == [11]
+    for available in range(2, 30):
+        for depth in range(2, available + 1):
+            layers = choose_layers(available, depth)
+            assert len(set(layers)) == depth
+            assert (layers[0], layers[-1]) == (0, available - 1)
+            assert all(abs(layer - i * (available - 1) / (depth - 1)) <= 0.5 for i, layer in enumerate(layers))
+
+
+@pytest.mark.parametrize('name', ['ait_vit_medium_patch16_224', 'ait_vit_small_patch16_224'])
+@torch.no_grad()
+def test_a_shallower_model_is_the_vit_without_the_other_layers(
+    name: str, remote: LoopbackHub, child: Child, tmp_path: Path
+) -> None:
+    vit = make_vit()
+    vit.blocks = nn.Sequential(*[vit.blocks[i] for i in choose_layers(12, MODELS[name])])
+    upcycled = child(logits_of, name, cache_dir=tmp_path, **TOY, **MEMORY)
+    torch.testing.assert_close(torch.from_numpy(upcycled), vit(images()), rtol=0, atol=1e-5)
+
+
+def test_other_heads_channels_and_sizes_start_from_the_same_weights(
+    remote: LoopbackHub, child: Child, tmp_path: Path
+) -> None:
+    args = dict(TOY, **MEMORY, cache_dir=tmp_path)
+    name = 'ait_vit_base_patch16_224'
+    assert child(logits_of, name, num_classes=7, **args).shape == (3, 7)
+    assert child(logits_of, name, channels=1, in_chans=1, **args).shape == (3, 1000)
+    larger = child(logits_of, name, **dict(args, img_size=64))
+    vit = timm.create_model(VIT, **dict(TOY, img_size=64)).eval()
+    state = {**make_vit().state_dict()}
+    state['pos_embed'] = timm.layers.resample_abs_pos_embed(state['pos_embed'], [4, 4])
+    vit.load_state_dict(state)
+    torch.testing.assert_close(torch.from_numpy(larger), vit(images(64)).detach(), rtol=0, atol=1e-5)
+
+
+def test_a_vit_without_head_gives_features_and_any_head(tmp_path: Path) -> None:
+    safetensors.torch.save_file(make_vit(num_classes=0).state_dict(), tmp_path / 'dino.safetensors')
+    args = dict(TOY, **MEMORY, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'dino.safetensors')))
+    features = timm.create_model('ait_vit_base_patch16_224.dino', **args).eval()
+    torch.testing.assert_close(features(images()), make_vit(num_classes=0)(images()), rtol=0, atol=1e-5)
+    assert timm.create_model('ait_vit_base_patch16_224.dino', num_classes=7, **args)(images()).shape == (3, 7)
+
+
+def test_fine_tuning_starts_at_the_vit_and_grows_the_workspace(tmp_path: Path) -> None:
+    safetensors.torch.save_file(make_vit().state_dict(), tmp_path / 'vit.safetensors')
+    args = dict(TOY, **MEMORY, pretrained=True, num_classes=7)
+    overlay = dict(file=str(tmp_path / 'vit.safetensors'))
+    model = timm.create_model('ait_vit_small_patch16_224', pretrained_cfg_overlay=overlay, **args).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scales = [block.mlp.scale for block in model.blocks]
+    assert not any(scale.any() for scale in scales)
+    moved: list[bool] = []
+    for _ in range(2):
+        nn.functional.cross_entropy(model(images()), torch.tensor([0, 3, 6])).backward()
+        moved.append(any(block.mlp.lift.weight.grad.any().item() for block in model.blocks))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(scale.any() for scale in scales)
+    assert moved == [False, True]  # the retrieval is trained as soon as the scale has left zero
+
+
+def test_a_vit_of_another_shape_is_named_with_the_file(remote: LoopbackHub, child: Child, tmp_path: Path) -> None:
+    said = child.fails('ait_vit_base_patch16_224', cache_dir=tmp_path, **dict(TOY, embed_dim=36), **MEMORY)
+    assert re.search(
+        r'model\.safetensors: \S+ has the shape \(.*24.*\) in the checkpoint, \(.*36.*\) in the model', said
+    )
+
+
+def test_a_layout_that_adds_parameters_is_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file(make_vit(init_values=0.1, depth=2).state_dict(), tmp_path / 'layer_scale.safetensors')
+    overlay = dict(file=str(tmp_path / 'layer_scale.safetensors'))
+    with pytest.raises(ValueError, match=r'layer_scale\.safetensors: .* unknown keys blocks\.0\.ls1\.gamma'):
+        timm.create_model('ait_vit_small_patch16_224', pretrained=True, pretrained_cfg_overlay=overlay, **TOY, **MEMORY)
+
+
+def test_the_papers_models_do_not_drop_layers_in_silence(tmp_path: Path) -> None:
+    safetensors.torch.save_file(make_vit().state_dict(), tmp_path / 'vit.safetensors')
+    overlay = dict(file=str(tmp_path / 'vit.safetensors'))
+    with pytest.raises(ValueError, match=r'vit\.safetensors: .* unknown keys blocks\.10\.'):
+        timm.create_model('ait_small', pretrained=True, pretrained_cfg_overlay=overlay, **TOY, **MEMORY)
+
+
+def test_a_vits_file_is_held_to_the_hash_of_the_hub(remote: LoopbackHub, child: Child, tmp_path: Path) -> None:
+    remote.faults[BEST] = 'flip'
+    said = child.fails('ait_vit_base_patch16_224', cache_dir=tmp_path, **TOY, **MEMORY)
+    remote.faults.clear()
+    assert f'{BEST}/resolve/main/model.safetensors has the sha256' in said
+    assert not blobs(tmp_path)
