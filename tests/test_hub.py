@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -494,7 +495,10 @@ def test_a_config_of_another_architecture_names_what_does_not_fit(tmp_path: Path
 
 def test_a_config_that_contradicts_itself_about_classes_is_no_random_head(tmp_path: Path) -> None:
     said = load_folder(broken_folder(tmp_path, config=lambda c: edited(c, num_classes=13)))
-    assert 'num_classes=13, but 11 in its model_args' in said
+    # timm does not hand on the second one before 1.0.31; then the file's own classifier tells
+    assert re.search(
+        'num_classes=13, but 11 in its model_args|has 11 classes as the model has, its config says 13', said
+    )
 
 
 def test_a_config_with_other_classes_than_the_file_names_both(tmp_path: Path) -> None:
