@@ -4,7 +4,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import timm
 import timm_suite
+import torch
 
 Failures = dict[str, list[str]]
 
@@ -35,6 +37,21 @@ def by_model(report: Path) -> Failures:
 @pytest.mark.parametrize('model', timm_suite.MODELS)
 def test_a_model_passes_what_timm_asks_of_a_vit(model: str, failures: Failures) -> None:
     assert not failures[model], '\n\n'.join(failures[model])
+
+
+@pytest.mark.parametrize('model', sorted(model for _, model in timm_suite.TWO_LEVELS))
+def test_two_blocks_give_two_levels(model: str) -> None:
+    """What timm's test of the intermediates would go on to ask of a model that has fewer than its three levels."""
+    net = timm.create_model(model).eval()
+    x = torch.randn(2, *net.pretrained_cfg['input_size'])
+    grid = net.patch_embed.grid_size
+    with torch.no_grad():
+        output, levels = net.forward_intermediates(x)
+        assert [level.shape for level in levels] == [(2, info['num_chs'], *grid) for info in net.feature_info]
+        assert len(levels) == 2
+        torch.testing.assert_close(output, net.forward_features(x), rtol=1e-5, atol=1e-8)
+    net.set_grad_checkpointing()
+    torch.testing.assert_close(net.forward_intermediates(x)[0].detach(), output, rtol=1e-4, atol=1e-5)
 
 
 def test_a_list_that_timm_has_moved_is_an_error() -> None:

@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog='python -m timm_ait.demo', description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=Path, default=Path('output/demo'), help='folder for images and checkpoints')
-    parser.add_argument('--epochs', type=int, default=25)
+    parser.add_argument('--epochs', type=int, default=12)
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--workers', type=int, default=1, help='processes that load images')
     parser.add_argument('--device', default='cpu')
@@ -176,14 +177,15 @@ def draw(path: Path, images: Tensor, labels: Tensor, predictions: Tensor, usage:
 
 def _draw_digits(figure: Any, images: Tensor, labels: Tensor, predictions: Tensor) -> None:
     is_wrong = labels != predictions
-    order = torch.argsort(is_wrong.float(), descending=True, stable=True)
-    right = len(labels) - int(is_wrong.sum())
-    figure.suptitle(f'{right} of {len(labels)} validation images are right; the wrong ones come first, in red')
-    for axis, i in zip(figure.subplots(3, 12).flat, order.tolist(), strict=False):
+    wrong, right = is_wrong.nonzero()[:, 0], (~is_wrong).nonzero()[:, 0]
+    axes = figure.subplots(3, 12).flat
+    spread = torch.linspace(0, len(right) - 1, max(len(axes) - len(wrong), 0)).long()  # over all classes
+    figure.suptitle(f'{len(right)} of {len(labels)} validation images are right; wrong ones come first, in red')
+    for axis, i in zip(axes, [*wrong.tolist(), *right[spread].tolist()], strict=False):
         grey = images[i].mean(dim=0).numpy()
         axis.imshow(grey, cmap='gray')
         colour = 'tab:red' if is_wrong[i] else 'tab:green'
-        title = f'{predictions[i]}, is {labels[i]}' if is_wrong[i] else f'{predictions[i]}'
+        title = f'{predictions[i]} (is {labels[i]})' if is_wrong[i] else f'{predictions[i]}'
         axis.set_title(title, color=colour, fontsize=10, pad=3)
         axis.set(xticks=[], yticks=[])
         for spine in axis.spines.values():
@@ -192,13 +194,13 @@ def _draw_digits(figure: Any, images: Tensor, labels: Tensor, predictions: Tenso
 
 def _draw_slots(figure: Any, usage: Tensor) -> None:
     M = usage.shape[1]
-    figure.suptitle('How much of the retrieval goes to each memory slot (dashed: an even share)')
+    figure.suptitle('Share of the retrieval that each memory slot gets (dashed: an even share)')
     axes = figure.subplots(1, len(usage), sharey=True, squeeze=False)[0]
     for i, (axis, shares) in enumerate(zip(axes, usage, strict=True)):
         effective = torch.special.entr(shares).sum().exp()  # perplexity: M where all slots are used alike
         axis.bar(range(M), (100 * shares).numpy(), color='tab:blue')
         axis.axhline(100 / M, color='black', linestyle='--', linewidth=1)
-        axis.set_title(f'block {i}: as if {effective:.1f} of {M} slots', fontsize=10)
+        axis.set_title(f'block {i}: {effective:.1f} of {M} slots in effect', fontsize=10)
         axis.set(xlabel='slot', xticks=range(0, M, 5))
         axis.spines[['top', 'right']].set_visible(False)
     axes[0].set_ylabel('mean attention, %')
@@ -206,7 +208,9 @@ def _draw_slots(figure: Any, usage: Tensor) -> None:
 
 def commands(data: Path, args: argparse.Namespace) -> list[str]:
     """The demo as commands for timm's own scripts, on the image folder ``data``."""
-    common = f'--data-dir {data} --model {MODEL} --num-classes {CLASSES} --device {args.device}'
+    common = (
+        f'--data-dir {data} --model {MODEL} --num-classes {CLASSES} --device {args.device} --workers {args.workers}'
+    )
     scripts = SCRIPTS.format(version=timm.__version__)
     return [
         f'curl --remote-name-all {scripts}/train.py {scripts}/validate.py',
@@ -218,9 +222,21 @@ def commands(data: Path, args: argparse.Namespace) -> list[str]:
     ]
 
 
+def find_fault(trained: float, reloaded: float, minimum: float) -> str:
+    """What is wrong with the accuracies, in percent, of the trained and the reloaded model; '' where nothing is."""
+    if reloaded != trained:
+        return f'the reloaded checkpoint must repeat the {trained} % of the trained model, got {reloaded} %'
+    if not reloaded >= minimum:
+        return f'expected an accuracy of at least {minimum} %, got {reloaded:.2f} %; train longer with --epochs'
+    return ''
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; return the exit code."""
     args = parse_args(argv)
+    if missing := [name for name in ('matplotlib', 'sklearn', 'tqdm') if find_spec(name) is None]:
+        print(f"error: the demo needs {', '.join(missing)}: pip install 'timm_ait[demo]'", file=sys.stderr)
+        return 2
     start = time.monotonic()
     random_seed(args.seed)
     data = args.output / 'digits'
@@ -238,12 +254,9 @@ def main(argv: list[str] | None = None) -> int:
 
     picture = args.output / 'demo.png'
     draw(picture, *look_inside(model, loader, args.device))
-    print(f'{picture}: predictions and memory; {time.monotonic() - start:.0f} s in all')
-    if reloaded != trained:
-        print(f'error: the reloaded checkpoint must repeat {trained} %, got {reloaded} %', file=sys.stderr)
-        return 1
-    if reloaded < args.min_accuracy:
-        print(f'error: expected at least {args.min_accuracy} %, got {reloaded:.2f} %; try more epochs', file=sys.stderr)
+    print(f'{picture}: predictions and use of the memory; {time.monotonic() - start:.0f} s in all')
+    if fault := find_fault(trained, reloaded, args.min_accuracy):
+        print(f'error: {fault}', file=sys.stderr)
         return 1
     print('\nThe same with the scripts of timm; put your own folder (train/<class>, val/<class>) and classes in:\n')
     print('\n\n'.join(commands(data, args)))
