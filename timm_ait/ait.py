@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .balance import carry_balance_loss
 from .convert import fit_pretrained
 from .distributed import synchronize_memory
-from .pretrained import check_classes, fetch_weights, resolve_cfg
+from .pretrained import fetch_weights, resolve_cfg
 from .workspace import GlobalWorkspace, MemoryWrite
 
 __all__ = ['AssociativeBlock', 'AssociativeTransformer', 'NormalizedPatchEmbed']
@@ -106,7 +106,7 @@ class AssociativeBlock(Block):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``x + workspace(LN(x))`` on top of :meth:`attend`: (B, N, E) -> (B, N, E)."""
-        if not torch.jit.is_scripting() and self.grad_checkpointing and torch.is_grad_enabled():
+        if not torch.jit.is_scripting() and self.is_checkpointing():
             return self.forward_checkpointed(x, attn_mask, is_causal)
         return self.transform(x, attn_mask, is_causal)
 
@@ -114,6 +114,11 @@ class AssociativeBlock(Block):
         """The whole block, kept apart from :meth:`forward` so that it can be recomputed."""
         x = self.attend(x, attn_mask, is_causal)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    @torch.jit.unused
+    def is_checkpointing(self) -> bool:
+        """Whether a forward would keep its inputs alone. A method, since TorchScript reads no attribute of a class."""
+        return self.grad_checkpointing and torch.is_grad_enabled()
 
     @torch.jit.unused
     def step(
@@ -323,8 +328,7 @@ def _create_ait(
 ) -> AssociativeTransformer:
     """Build a variant; timm reads its weights from a file that was verified before."""
     out_indices = kwargs.pop('out_indices', 3)
-    cfg = resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    check_classes(cfg, kwargs.get('pretrained_model_args'))
+    cfg = resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay, kwargs.get('pretrained_model_args'))
     weights = fetch_weights(cfg, cache_dir) if pretrained else None
     model = build_model_with_cfg(
         AssociativeTransformer,
