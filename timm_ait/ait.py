@@ -265,6 +265,7 @@ class AssociativeTransformer(VisionTransformer):
             self._tie_to_tokens(norm=True)
         if self.global_pool == 'flatten' and global_pool in (None, 'flatten'):
             self.num_classes = num_classes
+            self.num_features = self.embed_dim if num_classes > 0 else self.head_hidden_size
         else:
             super().reset_classifier(num_classes, global_pool)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
