@@ -501,6 +501,14 @@ def test_a_config_that_contradicts_itself_about_classes_is_no_random_head(tmp_pa
     )
 
 
+def test_classes_that_the_user_names_settle_a_contradiction(tmp_path: Path) -> None:
+    folder = broken_folder(tmp_path, config=lambda c: edited(c, num_classes=13))
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, pretrained_cfg_overlay=dict(num_classes=11))
+    assert fingerprint(model) == fingerprint(make_model())
+    fresh = timm.create_model(f'local-dir:{folder}', pretrained=True, pretrained_cfg_overlay=dict(num_classes=-1))
+    assert not torch.equal(fresh.head.weight, make_model().head.weight)
+
+
 def test_a_config_with_other_classes_than_the_file_names_both(tmp_path: Path) -> None:
     said = load_folder(
         broken_folder(tmp_path, config=lambda c: edited(c, num_classes=13, model_args={'num_classes': 13}))

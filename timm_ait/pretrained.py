@@ -28,7 +28,6 @@ from timm.models import PretrainedCfg, resolve_pretrained_cfg
 __all__ = [
     'HUB_ORGANISATION',
     'WeightsError',
-    'check_classes',
     'fetch_weights',
     'packaged',
     'pinned_sha256',
@@ -88,27 +87,33 @@ def sha256_of(path: Path) -> str:
 
 
 def resolve_cfg(
-    variant: str, pretrained_cfg: str | dict[str, Any] | None, overlay: dict[str, Any] | None
+    variant: str,
+    pretrained_cfg: str | dict[str, Any] | None,
+    overlay: dict[str, Any] | None,
+    saved_args: dict[str, Any] | None = None,
 ) -> PretrainedCfg:
-    """Let timm find the config; a source in ``overlay`` replaces all others, and the hash that went with them."""
+    """Let timm find a config; a source in ``overlay`` replaces all others, and the hash that went with them.
+
+    Args:
+        variant: Entry point.
+        pretrained_cfg: Tag, or the content of a config.json.
+        overlay: What the user puts in its place.
+        saved_args: ``model_args`` of that config.json.
+
+    Raises:
+        ValueError: Where config.json gives two numbers of classes: timm would take one, and a random classifier.
+    """
     overlay = dict(overlay or {})
     if any(overlay.get(key) for key in SOURCES):
         overlay = {**dict.fromkeys((*SOURCES, 'source', 'notes')), **overlay}
-    return resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-
-
-def check_classes(cfg: PretrainedCfg, model_args: dict[str, Any] | None) -> None:
-    """Compare what a config.json says twice; timm would take one, and a random classifier.
-
-    Raises:
-        ValueError: Where ``num_classes`` of the file's ``model_args`` is another than that of its ``pretrained_cfg``.
-    """
-    classes = (model_args or {}).get('num_classes', cfg.num_classes)
-    if classes != cfg.num_classes:
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    classes = (saved_args or {}).get('num_classes', cfg.num_classes)
+    if classes != cfg.num_classes and 'num_classes' not in overlay:
         raise ValueError(
             f'config.json of {cfg.hf_hub_id or cfg.file} gives num_classes={cfg.num_classes}, but {classes} in its '
             'model_args; correct the one that is not that of the weights'
         )
+    return cfg
 
 
 def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path | None:
