@@ -25,10 +25,10 @@ RECIPE = (
         'batch_size',
         'world_size',
     ),
-    *('opt', 'lr', 'lr_base', 'opt_betas', 'opt_eps', 'momentum', 'weight_decay', 'layer_decay', 'clip_grad'),
+    *('opt', 'lr', 'opt_betas', 'opt_eps', 'weight_decay', 'layer_decay', 'clip_grad'),
     *('sched', 'warmup_epochs', 'warmup_lr', 'cooldown_epochs', 'min_lr', 'grad_accum_steps', 'amp', 'amp_dtype'),
     *('scale', 'ratio', 'hflip', 'vflip', 'train_crop_mode', 'color_jitter', 'aa', 'reprob', 'mixup', 'cutmix'),
-    *('mixup_prob', 'mixup_switch_prob', 'mixup_off_epoch', 'smoothing', 'drop', 'drop_path', 'bce_loss'),
+    *('mixup_off_epoch', 'smoothing', 'drop', 'drop_path', 'bce_loss'),
     *('model_ema', 'model_ema_decay', 'model_ema_warmup', 'seed'),
 )
 METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %', 'metric': 'metric of the training run'}
@@ -56,8 +56,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 ## Provenance
 
 - Weights: {weights}, sha256 of `{filename}`: `{sha256}`
-- Code: `{commit}`
-- Written with timm {timm}, torch {torch}
+{trained}- Written with timm_ait {version}, timm {timm}, torch {torch}
 """
 
 
@@ -67,7 +66,7 @@ def default_repo(folder: Path) -> str:
 
 
 def write_card(
-    folder: Path, facts: dict[str, Any], args: dict[str, Any], dataset: str, commit: str, weights: str
+    folder: Path, facts: dict[str, Any], args: dict[str, Any], dataset: str, weights: str, commit: str, version: str
 ) -> None:
     """Write README.md beside config.json and the weights.
 
@@ -76,8 +75,9 @@ def write_card(
         facts: Metrics by name, as validate.py and train.py call them.
         args: Arguments of train.py.
         dataset: What the metrics are on.
-        commit: Of the code that trained.
         weights: Which weights of the run these are.
+        commit: Of the code that trained them, '' where it is not known.
+        version: Of the code that writes.
     """
     config = json.loads((folder / 'config.json').read_text())
     model = timm.create_model(config['architecture'], **config['model_args'])
@@ -93,7 +93,8 @@ def write_card(
         weights=weights,
         filename=FILENAME,
         sha256=sha256_of(folder / FILENAME),
-        commit=commit,
+        trained=f'- Trained with the code at `{commit}`\n' if commit else '',
+        version=version,
         timm=timm.__version__,
         torch=torch.__version__,
     )
@@ -102,7 +103,7 @@ def write_card(
 
 
 def _results(facts: dict[str, Any], dataset: str) -> str:
-    lines = [f'- {METRICS[key]}: {facts[key]}' for key in METRICS if key in facts]
+    lines = [f'- {METRICS[key]}: {facts[key]:.2f}' for key in METRICS if key in facts]
     if not lines:
         return 'None are stated.'
     return '\n'.join([f'On {dataset or "a data set that was not named"}:', '', *lines])

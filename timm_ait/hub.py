@@ -66,7 +66,7 @@ def export(
         dtype: Of the weights in the file; the memory stays float32.
         results: JSON that validate.py wrote (``--results-file results.json --results-format json``).
         dataset: What the results are on.
-        commit: Of the code that trained the model; that of this package by default.
+        commit: Of the code that trained the model; not stated where it is not given.
 
     Raises:
         ValueError: For a checkpoint that does not fit, or a folder that exists.
@@ -82,7 +82,7 @@ def export(
         made = Path(workplace) / folder.name
         _save(model, made, model_args)
         weights = 'averaged (EMA)' if read.is_ema else 'as trained'
-        write_card(made, facts, read.args, dataset, commit or _commit(), weights)
+        write_card(made, facts, read.args, dataset, weights, commit, _code_version())
         _compare(model, made)
         made.rename(folder)
     return folder
@@ -130,6 +130,7 @@ def _save(model: AssociativeTransformer, folder: Path, model_args: dict[str, Any
     config['pretrained_cfg']['tag'] = folder.name.partition('.')[2]
     config['pretrained_cfg']['notes'] = [f'sha256:{sha256_of(folder / FILENAME)}']
     path.write_text(json.dumps(config, indent=2))
+    (folder / FILENAME).chmod(path.stat().st_mode)  # safetensors lets nobody but the owner read it
 
 
 def _compare(model: AssociativeTransformer, folder: Path) -> None:
@@ -187,11 +188,11 @@ def _read_results(path: Path | None) -> dict[str, Any]:
     return dict(content[0] if isinstance(content, list) else content)
 
 
-def _commit() -> str:
-    """The commit of this package where it is a checkout, its version where it is not."""
-    folder = Path(__file__).parent
-    done = subprocess.run(['git', '-C', str(folder), 'rev-parse', 'HEAD'], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or f'timm_ait {__version__}'
+def _code_version() -> str:
+    """This package's version, and its commit where it is a checkout."""
+    folder = str(Path(__file__).parent)
+    git = subprocess.run(['git', '-C', folder, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=False)
+    return f'{__version__} ({git.stdout.strip()})' if git.stdout else __version__
 
 
 def _listing(folder: Path) -> str:
@@ -211,7 +212,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add('--dtype', choices=DTYPES, default='float32')
     add('--results', type=Path, help='JSON of validate.py: --results-file FILE --results-format json')
     add('--dataset', default='', help="what the results are on, as in 'CIFAR-10 (JPEG)'")
-    add('--commit', default='', help='of the code that trained the model; by default that of this package')
+    add('--commit', default='', help='of the code that trained the model')
     add = commands.add_parser('push', help='folder to the Hub; log in first: hf auth login').add_argument
     add('folder', type=Path)
     add('repo_id', nargs='?', default='', help='ORGANISATION/NAME')
