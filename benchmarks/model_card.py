@@ -1,0 +1,230 @@
+"""Write MODEL_CARD.md out of facts: ``python benchmarks/model_card.py``; ``--check`` says whether it is stale.
+
+The facts are the registered models with their configs, and what was measured on weights: ``results/weights.json``, a
+list of objects with the keys of :data:`FACT`.
+"""
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCardData
+from timm.models import PretrainedCfg
+
+from timm_ait.ait import default_cfgs
+from timm_ait.convert import choose_layers
+
+ROOT = Path(__file__).parents[1]
+CARD = ROOT / 'MODEL_CARD.md'
+RESULTS = ROOT / 'benchmarks' / 'results' / 'weights.json'
+# A number is published with all that it takes to get it again.
+FACT = ('weights', 'data', 'metric', 'value', 'command', 'commit', 'seed', 'machine')
+VIT_DEPTH = 12
+
+BODY = """# Associative Transformers for timm
+
+Vision Transformers whose feed-forward layers write into a small shared memory, through a bottleneck over the tokens of
+the whole batch, and read it back by Hopfield retrieval. After Sun, Ochiai, Wu, Lin, Kanai, *Associative Transformer*,
+CVPR 2025, [arXiv:2309.12862](https://arxiv.org/abs/2309.12862). This card covers all models of the package.
+
+## Models
+
+{models}
+
+`ait_*_patch4_32` and `test_ait` have the paper's layout: a stem that normalises patches, no class token, no position
+embedding, a classifier over all tokens side by side. `ait_small`, `ait_medium` and `ait_base` have that of timm's
+ViT-B/16. `ait_vit_*` keep a ViT's own path in each block and add the retrieval through a scale that starts at zero.
+
+## Weights
+
+{weights}
+
+A file is loaded after its sha256 was compared with the one that is pinned beside the tag or in config.json, or kept by
+the Hub; of what is downloaded, only safetensors are read.
+
+### Weights of ViTs
+
+The tags of `ait_vit_*` name weights of **ViTs, not trained as AiT**, in timm's repositories on the Hub:
+
+{vits}
+
+With them `ait_vit_base_patch16_224` gives the ViT's logits, so its accuracy is the ViT's until it is fine-tuned. The
+shallower models take some of its {depth} blocks, evenly spread: {layers}.
+**Their classifier is of no use before they are fine-tuned.** The weights keep the licence of their owners: those of `mae`
+are for non-commercial use only.
+
+## Results
+
+{results}
+
+## Use
+
+```python
+import timm
+import timm_ait  # registers the models
+
+model = timm.create_model('ait_vit_base_patch16_224', pretrained=True, num_classes=10)
+```
+
+Fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_base_patch16_224 --pretrained`.
+
+## What to know before use
+
+- In training mode a forward pass writes the memory; in evaluation it does not, and an image's logits do not depend on
+  the rest of its batch.
+- The memory is a running average over training images and part of the weights: what holds for weights trained on
+  private images holds for it.
+- The tasks are image classification and features for it. Nothing was measured on fairness, on images unlike the
+  training data, or on attacks.
+
+## Citation
+
+```bibtex
+@inproceedings{{sun2025associative,
+  title     = {{Associative Transformer}},
+  author    = {{Sun, Yuwei and Ochiai, Hideya and Wu, Zhirong and Lin, Stephen and Kanai, Ryota}},
+  booktitle = {{CVPR}},
+  year      = {{2025}}
+}}
+```
+"""
+
+
+def main() -> None:
+    """Write the card, or with ``--check`` compare it.
+
+    Raises:
+        SystemExit: If it is stale.
+    """
+    card = make_card(read_facts(RESULTS))
+    if '--check' not in sys.argv[1:]:
+        CARD.write_text(card)
+    elif not CARD.is_file() or CARD.read_text() != card:
+        sys.exit(f'{CARD.name} is stale: python benchmarks/model_card.py')
+
+
+def read_facts(path: Path) -> list[dict[str, Any]]:
+    """What was measured.
+
+    Raises:
+        ValueError: For a number without its origin, or on weights without a tag.
+    """
+    facts = json.loads(path.read_text())
+    for fact in facts:
+        lacking = [key for key in FACT if fact.get(key) in (None, '')]
+        if lacking:
+            raise ValueError(f'{path.name}: {fact.get("weights")} lacks {", ".join(lacking)}; state all of {FACT}')
+        if fact['weights'] not in configs():
+            raise ValueError(f'{path.name}: {fact["weights"]} is no tag of a model; known are {", ".join(configs())}')
+    return list(facts)
+
+
+def configs() -> dict[str, PretrainedCfg]:
+    """All configs, by 'model.tag'."""
+    return {f'{name}.{tag}': cfg for name, entry in default_cfgs.items() for tag, cfg in entry.cfgs.items()}
+
+
+def make_card(facts: list[dict[str, Any]]) -> str:
+    """The whole text of the card."""
+    shallower = [m for m in timm.list_models('ait_vit_*', module='ait') if m != 'ait_vit_base_patch16_224']
+    layers = [f'{_layers(depth)} at depth {depth}' for depth in sorted(len(_on_meta(m).blocks) for m in shallower)]
+    body = BODY.format(
+        models=_models(),
+        weights=_own_weights(),
+        vits=_vits(),
+        depth=VIT_DEPTH,
+        layers='; '.join(layers),
+        results=_results(facts),
+    )
+    return f'---\n{_metadata(facts)}\n---\n{body}'
+
+
+@cache
+def _on_meta(name: str) -> Any:
+    return timm.create_model(name, device='meta')
+
+
+def _layers(depth: int) -> str:
+    return ', '.join(map(str, choose_layers(VIT_DEPTH, depth)))
+
+
+def _models() -> str:
+    rows = ['| model | depth | width | slots | parameters, M | image | classes |', '|---|---|---|---|---|---|---|']
+    for name in timm.list_models(module='ait'):
+        model = _on_meta(name)
+        cells = (
+            f'`{name}`',
+            len(model.blocks),
+            model.embed_dim,
+            'x'.join(map(str, model.blocks[0].mlp.memory.shape)),
+            f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}',
+            'x'.join(map(str, model.pretrained_cfg['input_size'][1:])),
+            model.num_classes,
+        )
+        rows.append(f'| {" | ".join(map(str, cells))} |')
+    return '\n'.join(rows)
+
+
+def _own_weights() -> str:
+    own = {name: cfg for name, cfg in configs().items() if not (cfg.hf_hub_id or '').startswith('timm/')}
+    lines = [f'- `{name}`: {_place(cfg)}' for name, cfg in own.items() if cfg.has_weights]
+    without = sorted({f'`{name.partition(".")[0]}`' for name, cfg in own.items() if not cfg.has_weights})
+    head = 'Trained as AiT:' if lines else 'No weights that were trained as AiT have been published yet.'
+    return '\n'.join([head, '', *lines, *([''] if lines else []), f'Without weights: {", ".join(without)}.'])
+
+
+def _place(cfg: PretrainedCfg) -> str:
+    note = ', '.join(cfg.notes or ())
+    place = f'inside the package, {Path(cfg.file).name}' if cfg.file else f'on the Hub, {cfg.hf_hub_id}'
+    return f'{place} ({note})'
+
+
+def _vits() -> str:
+    rows = ['| tag | repository | classes | licence |', '|---|---|---|---|']
+    for tag, cfg in default_cfgs['ait_vit_base_patch16_224'].cfgs.items():
+        link = f'[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id})'
+        rows.append(f'| `{tag}` | {link} | {cfg.num_classes or "none"} | {cfg.license} |')
+    return '\n'.join(rows)
+
+
+def _results(facts: list[dict[str, Any]]) -> str:
+    if not facts:
+        return 'None are stated: nothing has been measured on published weights.'
+    rows = ['| weights | data | metric | value |', '|---|---|---|---|']
+    rows += [f'| `{fact["weights"]}` | {fact["data"]} | {fact["metric"]} | {fact["value"]} |' for fact in facts]
+    origins = [
+        f'- `{fact["weights"]}`, {fact["metric"]}: `{fact["command"]}` at commit `{fact["commit"]}`, '
+        f'seed {fact["seed"]}, {fact["machine"]}'
+        for fact in facts
+    ]
+    return '\n'.join([*rows, '', 'Commands and origins:', '', *origins])
+
+
+def _metadata(facts: list[dict[str, Any]]) -> str:
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type='imagefolder',
+            dataset_name=fact['data'],
+            metric_type='accuracy',
+            metric_name=fact['metric'],
+            metric_value=fact['value'],
+        )
+        for fact in facts
+    ]
+    data = ModelCardData(
+        license='apache-2.0',
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['timm', 'timm_ait', 'image-classification'],
+        model_name='timm_ait',
+        eval_results=results or None,
+    )
+    return str(data.to_yaml())
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,90 @@
+"""MODEL_CARD.md is made from facts, and says no more than they do."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+from huggingface_hub import ModelCard
+
+ROOT = Path(__file__).parents[1]
+FACT: dict[str, Any] = dict(
+    weights='ait_vit_base_patch16_224.sam_in1k',
+    data='ImageNet-1k, validation',
+    metric='top-1 accuracy, %',
+    value=12.34,
+    command='python -m timm_ait validate.py',
+    commit='c0ffee',
+    seed=7,
+    machine='a toaster',
+)
+
+
+@pytest.fixture(scope='module')
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location('model_card', ROOT / 'benchmarks' / 'model_card.py')
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def card(script: ModuleType) -> str:
+    return script.make_card([FACT])
+
+
+def test_the_card_in_the_repository_is_not_stale(script: ModuleType) -> None:
+    assert script.CARD.read_text() == script.make_card(script.read_facts(script.RESULTS)), (
+        'MODEL_CARD.md is stale: python benchmarks/model_card.py'
+    )
+
+
+def test_check_notices_a_stale_card_and_writing_cures_it(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, 'CARD', tmp_path / 'MODEL_CARD.md')
+    for content in (None, 'yesterday'):
+        if content:
+            script.CARD.write_text(content)
+        monkeypatch.setattr(sys, 'argv', ['model_card.py', '--check'])
+        with pytest.raises(SystemExit, match=r'MODEL_CARD\.md is stale: python benchmarks/model_card\.py'):
+            script.main()
+    monkeypatch.setattr(sys, 'argv', ['model_card.py'])
+    script.main()
+    monkeypatch.setattr(sys, 'argv', ['model_card.py', '--check'])
+    script.main()
+
+
+def test_every_model_and_every_vit_is_on_the_card(card: str) -> None:
+    for name in timm.list_models(module='ait'):
+        assert f'| `{name}` |' in card
+    assert (
+        '| `augreg2_in21k_ft_in1k` | [timm/vit_base_patch16_224.augreg2_in21k_ft_in1k](https://huggingface.co/' in card
+    )
+    assert '| none | cc-by-nc-4.0 |' in card
+    assert 'not trained as AiT' in card
+    assert '0, 11 at depth 2; 0, 2, 4, 7, 9, 11 at depth 6' in card
+
+
+def test_its_head_is_what_the_hub_reads(card: str) -> None:
+    data = ModelCard(card).data
+    assert (data.library_name, data.license) == ('timm', 'apache-2.0')
+    assert data.eval_results[0].metric_value == 12.34
+
+
+def test_a_number_comes_with_its_origin(card: str, script: ModuleType, tmp_path: Path) -> None:
+    assert '12.34' in card
+    assert '`python -m timm_ait validate.py` at commit `c0ffee`, seed 7, a toaster' in card
+    path = tmp_path / 'weights.json'
+    path.write_text(json.dumps([dict(FACT, seed=None)]))
+    with pytest.raises(ValueError, match=r'weights\.json: ait_vit_base_patch16_224\.sam_in1k lacks seed'):
+        script.read_facts(path)
+    path.write_text(json.dumps([dict(FACT, weights='ait_small.mine')]))
+    with pytest.raises(ValueError, match=r'ait_small\.mine is no tag of a model; known are ait_small\.untrained'):
+        script.read_facts(path)
