@@ -190,8 +190,8 @@ class AssociativeTransformer(VisionTransformer):
     ) -> None:
         _check_divisible(img_size, patch_size, vit_args.get('dynamic_img_pad', False))
         flatten = global_pool == 'flatten'
-        if flatten and vit_args.get('dynamic_img_size', False):
-            raise ValueError("global_pool='flatten' needs a fixed number of tokens, got dynamic_img_size=True")
+        if flatten:
+            _check_fixed_tokens(vit_args.get('dynamic_img_size', False), vit_args.get('patch_drop_rate', 0.0))
         workspace = partial(
             GlobalWorkspace,
             num_slots=num_slots,
@@ -254,20 +254,22 @@ class AssociativeTransformer(VisionTransformer):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling where ``global_pool`` names another ('flatten' included)."""
+        is_flat = self.global_pool == 'flatten'
+        flatten = is_flat if global_pool is None else global_pool == 'flatten'
+        if flatten and not is_flat:
+            _check_fixed_tokens(dynamic_img_size=self.dynamic_img_size)
+            if not isinstance(self.fc_norm, nn.Identity):
+                self.norm = self.fc_norm  # as at creation: the final norm stands before the tokens are flattened
+            self._tie_to_tokens(norm=True)
+        elif is_flat and not flatten:
+            self.fc_norm = nn.Identity()  # the norm over the flattened tokens goes with them
+            self.pool_include_prefix = False
+            self.num_features = self.head_hidden_size = self.embed_dim
+        super().reset_classifier(num_classes, '' if flatten else global_pool)  # notes the norms, for saved models
+        if flatten:
+            self._flatten()
         like = self.patch_embed.proj.weight
         dd = {'device': like.device, 'dtype': like.dtype}
-        if global_pool not in (None, 'flatten', self.global_pool) and self.global_pool == 'flatten':
-            # the norm over the flattened tokens goes with them
-            self.fc_norm = nn.LayerNorm(self.embed_dim, **dd) if global_pool else nn.Identity()
-            self.attn_pool, self.pool_include_prefix = None, False
-            self.num_features = self.head_hidden_size = self.embed_dim
-        if global_pool == 'flatten' and self.global_pool != 'flatten':
-            self._tie_to_tokens(norm=True)
-        if self.global_pool == 'flatten' and global_pool in (None, 'flatten'):
-            self.num_classes = num_classes
-            self.num_features = self.embed_dim if num_classes > 0 else self.head_hidden_size
-        else:
-            super().reset_classifier(num_classes, global_pool)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
     def set_input_size(
@@ -293,13 +295,17 @@ class AssociativeTransformer(VisionTransformer):
         like = self.patch_embed.proj.weight
         dd = {'device': like.device, 'dtype': like.dtype}
         width = (self.patch_embed.num_patches + self.num_prefix_tokens) * self.embed_dim
-        self.global_pool = 'flatten'
-        self.attn_pool, self.pool_include_prefix = nn.Flatten(1), True  # timm's place for a pooling module
         self.fc_norm = nn.LayerNorm(width, **dd) if norm else nn.Identity()
         self.head_hidden_size = width
-        # timm: num_features is what a model without classifier hands on
-        self.num_features = self.embed_dim if self.num_classes > 0 else width
         self.head = nn.Linear(width, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
+        self._flatten()
+
+    def _flatten(self) -> None:
+        """Flatten in the place of timm's pooling."""
+        self.global_pool = 'flatten'
+        self.attn_pool, self.pool_include_prefix = nn.Flatten(1), True  # timm's place for a pooling module
+        # timm: num_features is what a model without classifier hands on
+        self.num_features = self.embed_dim if self.num_classes > 0 else self.head_hidden_size
 
     @torch.jit.unused
     def _check_input(self, x: Tensor) -> None:
@@ -316,6 +322,14 @@ def _check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[in
         raise ValueError(
             f'img_size must be divisible by patch_size, got {(h, w)} and {(p, q)}; '
             f'the nearest sizes below are {(h // p * p, w // q * q)}'
+        )
+
+
+def _check_fixed_tokens(dynamic_img_size: bool, patch_drop_rate: float = 0.0) -> None:
+    if dynamic_img_size or patch_drop_rate > 0:
+        raise ValueError(
+            f"global_pool='flatten' needs a fixed number of tokens, got dynamic_img_size={dynamic_img_size} and "
+            f"patch_drop_rate={patch_drop_rate:g}; leave them out, or take global_pool='avg'"
         )
 
 
