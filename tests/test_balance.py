@@ -72,7 +72,7 @@ def gradients(model: AssociativeTransformer, loss: Loss, explicit: bool | None, 
     """Of the loss through the carrier, with the balance loss added by hand, or (None) of the bare criterion."""
     model.auto_balance = explicit is False
     model.zero_grad()
-    total = loss((call or model)(IMAGES))
+    total = loss((model if call is None else call)(IMAGES))
     if explicit:
         total = total + model.balance_loss()
     total.backward()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 __all__ = ['GlobalWorkspace', 'MemoryWrite', 'balance_loss', 'bottleneck_attention', 'hopfield_energy', 'squash']
@@ -246,8 +247,16 @@ class GlobalWorkspace(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """``f = W2 GELU(W1 x)``, whose norm ``h`` reads and writes: (B, N, E) -> (B, N, E)."""
-        x = self.hidden_norm(self.drop1(self.act(self.fc1(x))))
-        return self.drop2(self.fc2(x))
+        x = self.fc1(x)
+        if not torch.jit.is_scripting() and self.training and torch.is_grad_enabled():
+            # The activation is half of what a ViT's feed-forward part saves for backward, and cheap to compute again:
+            # more than the room that the workspace needs.
+            return checkpoint(self.project, x, preserve_rng_state=self.drop1.p > 0)
+        return self.project(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """``W2 GELU(x)``: (B, N, hidden) -> (B, N, E)."""
+        return self.drop2(self.fc2(self.hidden_norm(self.drop1(self.act(x)))))
 
     @torch.jit.unused
     def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
