@@ -1,0 +1,312 @@
+"""Checkpoints of others: the authors' AiT and timm's ViT, renamed key by key or refused."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from timm_ait import AssociativeTransformer, checkpoint_filter_fn
+from timm_ait.convert import convert_authors, is_authors
+
+CLASSES, SIDE, PATCH = 10, 21, 7
+M, D, S, E, H = 5, 3, 4, 22, 31  # slots, width of a slot, write heads, width, hidden width
+SIZES: dict[str, Any] = dict(
+    img_size=SIDE, patch_size=PATCH, embed_dim=E, depth=2, num_heads=2, mlp_ratio=H / E, num_classes=CLASSES
+)  # fmt: skip
+WORKSPACE: dict[str, Any] = dict(num_slots=M, slot_dim=D, write_heads=S, bottleneck=13)
+
+StateDict = dict[str, Tensor]
+
+
+def make_model(name: str = 'ait_small_patch4_32', seed: int = 1, **kwargs: Any) -> AssociativeTransformer:
+    torch.manual_seed(seed)
+    return timm.create_model(name, **dict(SIZES, **dict(WORKSPACE, **kwargs))).eval()
+
+
+def make_vit(**kwargs: Any) -> VisionTransformer:
+    torch.manual_seed(2)
+    return VisionTransformer(**dict(SIZES, **kwargs)).eval()
+
+
+def images(side: int = SIDE) -> Tensor:
+    return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def as_authors(model: AssociativeTransformer) -> StateDict:
+    """The model's weights as the authors' code would have saved them, written out apart from the converter."""
+    own = model.state_dict()
+    theirs: StateDict = OrderedDict()
+
+    def take(name: str, key: str) -> None:
+        theirs[name] = own.pop(key).clone()
+
+    def pixels_last(x: Tensor) -> Tensor:  # (..., C*P*P) -> (..., P*P*C), pixel by pixel
+        flat = x.reshape(-1, 3 * PATCH * PATCH)
+        order = [c * PATCH * PATCH + i * PATCH + j for i in range(PATCH) for j in range(PATCH) for c in range(3)]
+        return flat[:, order].reshape(*x.shape[: x.ndim - 1], -1) if x.ndim < 4 else flat[:, order]
+
+    for leaf in ('weight', 'bias'):
+        theirs[f'to_patch_embedding.1.{leaf}'] = pixels_last(own.pop(f'patch_embed.patch_norm.{leaf}'))
+        take(f'to_patch_embedding.3.{leaf}', f'patch_embed.norm.{leaf}')
+        take(f'mlp_head.0.{leaf}', f'fc_norm.{leaf}')
+        take(f'mlp_head.1.{leaf}', f'head.{leaf}')
+    theirs['to_patch_embedding.2.weight'] = pixels_last(own.pop('patch_embed.proj.weight'))
+    take('to_patch_embedding.2.bias', 'patch_embed.proj.bias')
+    for i in range(2):
+        theirs_at, own_at = f'transformer.layers.{i}', f'blocks.{i}'
+        take(f'{theirs_at}.0.fn.to_qkv.weight', f'{own_at}.attn.qkv.weight')
+        for leaf in ('weight', 'bias'):
+            take(f'{theirs_at}.0.norm.{leaf}', f'{own_at}.norm1.{leaf}')
+            take(f'{theirs_at}.0.fn.to_out.0.{leaf}', f'{own_at}.attn.proj.{leaf}')
+            take(f'{theirs_at}.1.norm.{leaf}', f'{own_at}.norm2.{leaf}')
+            take(f'{theirs_at}.1.fn.fc1.{leaf}', f'{own_at}.mlp.fc1.{leaf}')
+            take(f'{theirs_at}.1.fn.fc2.{leaf}', f'{own_at}.mlp.fc2.{leaf}')
+            take(f'{theirs_at}.1.fn.fc3.{leaf}', f'{own_at}.mlp.lift.{leaf}')
+            take(f'{theirs_at}.1.fn.norm.{leaf}', f'{own_at}.mlp.norm.{leaf}')
+            take(f'{theirs_at}.1.fn.memoryupdate.mha.layer_norm.{leaf}', f'{own_at}.mlp.write_norm.{leaf}')
+        for theirs_leaf, leaf in (('w_qs', 'query'), ('w_ks', 'key'), ('w_vs', 'value')):
+            take(f'{theirs_at}.1.fn.memoryupdate.mha.{theirs_leaf}.weight', f'{own_at}.mlp.{leaf}.weight')
+        take(f'{theirs_at}.1.fn.memoryupdate.memory', f'{own_at}.mlp.memory')
+        w_o = own.pop(f'{own_at}.mlp.proj.weight')
+        interleaved = torch.stack([w_o[:, s * D + d] for d in range(D) for s in range(S)], dim=1)
+        theirs[f'{theirs_at}.1.fn.memoryupdate.mha.fc.weight'] = interleaved
+        theirs[f'{theirs_at}.1.fn.memoryupdate.beta'] = torch.tensor(0.9)
+    assert not own, f'not in the table of this test: {sorted(own)}'
+    theirs['cls_token'] = torch.zeros(1, 1, E)
+    theirs['pos_embedding'] = torch.zeros(1, 10, E)
+    theirs['to_patch_embedding_cnn.0.weight'] = torch.zeros(E, 3, 5, 5)
+    theirs['to_patch_embedding_cnn.0.bias'] = torch.zeros(E)
+    return theirs
+
+
+def assert_equal(a: StateDict, b: StateDict) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+# The authors' checkpoints
+
+
+def test_an_authors_state_dict_comes_back_to_the_bit() -> None:
+    model = make_model()
+    theirs = as_authors(model)
+    before = {key: value.clone() for key, value in theirs.items()}
+    assert is_authors(theirs)
+    assert not is_authors(model.state_dict())
+    assert not is_authors(make_vit().state_dict())
+    assert_equal(checkpoint_filter_fn(theirs, make_model(seed=3)), model.state_dict())
+    assert_equal(theirs, before)  # what is given stays as it is
+
+
+def test_interleaved_heads_are_set_side_by_side() -> None:
+    key = 'transformer.layers.0.1.fn.memoryupdate.mha.fc.weight'
+    # their columns, D = 2 and S = 3: (d0 s0) (d0 s1) (d0 s2) (d1 s0) (d1 s1) (d1 s2)
+    theirs = torch.tensor([[0.0, 1.0, 2.0, 10.0, 11.0, 12.0]]).expand(2, -1)
+    converted = convert_authors({key: theirs}, (PATCH, PATCH))['blocks.0.mlp.proj.weight']
+    assert converted.tolist() == [[0.0, 10.0, 1.0, 11.0, 2.0, 12.0]] * 2
+
+
+def test_pixels_of_a_patch_are_put_channels_first() -> None:
+    # a patch of 1 x 2 pixels of three channels: r0 g0 b0 r1 g1 b1
+    theirs = torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])
+    keys = {'to_patch_embedding.1.weight': theirs, 'to_patch_embedding.2.weight': theirs.expand(5, -1)}
+    converted = convert_authors(keys, (1, 2))
+    assert converted['patch_embed.patch_norm.weight'].tolist() == [0.0, 10.0, 1.0, 11.0, 2.0, 12.0]
+    assert converted['patch_embed.proj.weight'][4].tolist() == [[[0.0, 10.0]], [[1.0, 11.0]], [[2.0, 12.0]]]
+
+
+def wrap_pth(state_dict: StateDict, path: Path) -> None:
+    torch.save({'state_dict': {f'module.{key}': value for key, value in state_dict.items()}, 'epoch': 3}, path)
+
+
+@pytest.mark.parametrize(
+    ('file', 'write'),
+    [('a.safetensors', save_file), ('a.pth', torch.save), ('data_parallel.pth', wrap_pth)],
+    ids=lambda x: x if isinstance(x, str) else '',
+)
+def test_an_authors_file_is_loaded_by_create_model(
+    file: str, write: Callable[[StateDict, Path], None], tmp_path: Path
+) -> None:
+    model = make_model()
+    write(as_authors(model), tmp_path / file)
+    loaded = make_model(seed=3, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / file)))
+    assert_equal(loaded.state_dict(), model.state_dict())
+    assert torch.equal(loaded(images()), model(images()))
+
+
+def test_an_authors_file_gives_another_number_of_classes_a_new_head_alone(tmp_path: Path) -> None:
+    model = make_model()
+    save_file(as_authors(model), tmp_path / 'authors.safetensors')
+    overlay = dict(file=str(tmp_path / 'authors.safetensors'))
+    loaded = make_model(seed=3, num_classes=7, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert loaded(images()).shape == (3, 7)
+    own = model.state_dict()
+    for key, value in loaded.state_dict().items():
+        assert key.startswith('head.') or torch.equal(value, own[key]), key
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_an_authors_file_serves_other_channels(channels: int, tmp_path: Path) -> None:
+    model = make_model()
+    save_file(as_authors(model), tmp_path / 'authors.safetensors')
+    overlay = dict(file=str(tmp_path / 'authors.safetensors'))
+    loaded = make_model(seed=3, in_chans=channels, pretrained=True, pretrained_cfg_overlay=overlay)
+    per_channel = model.patch_embed.patch_norm.weight.view(3, PATCH * PATCH).mean(0)
+    norm = loaded.patch_embed.patch_norm.weight.view(channels, -1)
+    torch.testing.assert_close(norm, per_channel.expand_as(norm))
+    assert loaded(torch.randn(2, channels, SIDE, SIDE)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    'key',
+    [
+        'transformer.layers.0.1.fn.memoryupdate.mha.w_zs.weight',
+        'transformer.layers.1.2.norm.weight',
+        'to_patch_embedding.9.weight',
+        'cls_token2',
+        'mlp_head.2.weight',
+    ],
+)
+def test_a_key_that_the_authors_model_has_not_is_named(key: str) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=f"the authors' model has no parameter '{key}'; is this a checkpoint of their"):
+        checkpoint_filter_fn({**as_authors(model), key: torch.zeros(1)}, model)
+
+
+def test_a_question_embedding_is_renamed_and_refused_by_a_model_without() -> None:
+    question = {f'question_to_embedding.{i}.weight': torch.full((1,), float(i)) for i in range(3)}
+    converted = convert_authors(question, (PATCH, PATCH))
+    assert {key: value.item() for key, value in converted.items()} == {
+        f'question_embed.{i}.weight': i for i in range(3)
+    }
+    model = make_model()
+    with pytest.raises(ValueError, match=r'unknown keys question_embed\.0\.weight, question_embed\.1\.weight'):
+        checkpoint_filter_fn({**as_authors(model), **question}, model)
+
+
+def test_a_deeper_model_of_the_authors_is_refused() -> None:
+    theirs = as_authors(make_model())
+    with pytest.raises(ValueError, match=r'unknown keys blocks\.1\..* and \d+ more, missing keys none; create the'):
+        checkpoint_filter_fn(theirs, make_model(depth=1))
+    with pytest.raises(ValueError, match=r'unknown keys none, missing keys blocks\.2\..* and \d+ more; create the'):
+        checkpoint_filter_fn(theirs, make_model(depth=3))
+
+
+# timm's ViT
+
+
+@pytest.mark.parametrize('name', ['ait_small', 'ait_base'])
+def test_a_vit_gives_all_that_it_has_and_the_workspace_keeps_its_own(name: str) -> None:
+    vit, model = make_vit(), make_model(name, depth=2)
+    filtered = checkpoint_filter_fn(vit.state_dict(), model)
+    assert filtered.keys() == model.state_dict().keys()
+    own, given = model.state_dict(), vit.state_dict()
+    for key, value in filtered.items():
+        assert torch.equal(value, given.get(key, own[key])), key
+    assert {key.split('.')[3] for key in filtered.keys() - given.keys()} == {
+        'norm', 'query', 'key', 'value', 'proj', 'write_norm', 'memory', 'lift',
+    }  # fmt: skip
+
+
+def test_a_vit_file_loaded_beside_a_retrieval_of_scale_zero_is_that_vit(tmp_path: Path) -> None:
+    vit = make_vit()
+    save_file(vit.state_dict(), tmp_path / 'vit.safetensors')
+    overlay = dict(file=str(tmp_path / 'vit.safetensors'), num_classes=CLASSES)
+    model = make_model('ait_small', retrieval_scale=0.0, pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(model(images()), vit(images()))
+    other = make_model('ait_small', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert not torch.allclose(other(images()), vit(images()), atol=1e-2)
+
+
+@pytest.mark.parametrize('no_embed_class', [True, False])
+def test_a_vit_of_another_image_size_has_its_positions_resampled(no_embed_class: bool) -> None:
+    """A position embedding that is the same everywhere stays so, and the class token's own is left alone."""
+    vit = make_vit(no_embed_class=no_embed_class)
+    given = vit.state_dict()
+    given['pos_embed'][:, -9:] = torch.arange(float(E))
+    model = make_model('ait_small', img_size=35, no_embed_class=no_embed_class)
+    resampled = checkpoint_filter_fn(given, model)['pos_embed']
+    assert resampled.shape == model.pos_embed.shape
+    torch.testing.assert_close(resampled[:, -25:], torch.arange(float(E)).expand(1, 25, E))
+    assert torch.equal(resampled[:, :-25], given['pos_embed'][:, :-9])
+
+
+def test_a_square_of_positions_becomes_an_oblong() -> None:
+    vit, model = make_vit(), make_model('ait_small', img_size=(14, 35))
+    resampled = checkpoint_filter_fn(vit.state_dict(), model)['pos_embed']
+    assert resampled.shape == (1, 11, E)
+    model.load_state_dict(checkpoint_filter_fn(vit.state_dict(), model))
+    assert model(torch.randn(2, 3, 14, 35)).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize('key', ['blocks.0.ls1.gamma', 'dist_token', 'blocks.0.mlp.fc3.weight', 'norm_pre.weight'])
+def test_a_key_that_the_model_has_not_is_named(key: str) -> None:
+    state_dict = {**make_vit().state_dict(), key: torch.zeros(E)}
+    with pytest.raises(ValueError, match=f'unknown keys {key}, missing keys none; create the model that it was made'):
+        checkpoint_filter_fn(state_dict, make_model('ait_small'))
+
+
+@pytest.mark.parametrize('key', ['cls_token', 'blocks.1.mlp.fc2.weight', 'pos_embed', 'norm.bias'])
+def test_a_key_that_the_checkpoint_has_not_is_named(key: str) -> None:
+    state_dict = make_vit().state_dict()
+    del state_dict[key]
+    with pytest.raises(ValueError, match=f'unknown keys none, missing keys {key}; create the model that it was made'):
+        checkpoint_filter_fn(state_dict, make_model('ait_small'))
+
+
+def test_a_vit_without_head_serves_as_features() -> None:
+    model = make_model('ait_small')
+    state_dict = make_vit(num_classes=0).state_dict()
+    assert checkpoint_filter_fn(state_dict, model).keys() == model.state_dict().keys() - {'head.weight', 'head.bias'}
+
+
+# Our own
+
+
+@pytest.mark.parametrize('name', ['ait_small', 'ait_small_patch4_32'])
+@pytest.mark.parametrize('wrapper', ['state_dict', 'model', None])
+@pytest.mark.parametrize('prefix', ['module.', ''])
+def test_our_own_checkpoint_passes_as_it_is(name: str, wrapper: str | None, prefix: str) -> None:
+    model = make_model(name)
+    state_dict: Any = {f'{prefix}{key}': value for key, value in model.state_dict().items()}
+    state_dict = {wrapper: state_dict} if wrapper else state_dict
+    assert_equal(checkpoint_filter_fn(state_dict, make_model(name, seed=3)), model.state_dict())
+
+
+def test_our_own_checkpoint_without_a_part_of_the_workspace_is_refused() -> None:
+    model = make_model()
+    state_dict = model.state_dict()
+    del state_dict['blocks.1.mlp.key.weight']
+    with pytest.raises(ValueError, match=r'missing keys blocks\.1\.mlp\.key\.weight;'):
+        checkpoint_filter_fn(state_dict, model)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'key'),
+    [
+        (dict(num_slots=M + 1), r'blocks\.0\.mlp\.memory'),
+        (dict(write_heads=S + 1), r'blocks\.0\.mlp\.query\.weight'),
+        (dict(img_size=28), r'fc_norm\.weight'),
+    ],
+    ids=str,
+)
+def test_another_shape_names_the_key_and_both_shapes(kwargs: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=rf'{key} has the shape \(.*\) in the checkpoint, \(.*\) in the model; create'):
+        checkpoint_filter_fn(make_model().state_dict(), make_model(**kwargs))
+
+
+def test_a_value_that_is_not_finite_is_not_loaded(tmp_path: Path) -> None:
+    theirs = as_authors(make_model())
+    theirs['transformer.layers.1.1.fn.memoryupdate.memory'][2, 1] = math.nan
+    save_file(theirs, tmp_path / 'authors.safetensors')
+    with pytest.raises(ValueError, match=r'authors\.safetensors: NaN or infinite values in blocks\.1\.mlp\.memory;'):
+        make_model(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'authors.safetensors')))
