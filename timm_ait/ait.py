@@ -123,8 +123,8 @@ class AssociativeBlock(Block):
     @torch.jit.unused
     def step(
         self, x: Tensor, memory: Tensor, attn_mask: Tensor | None, is_causal: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The block as a function of tokens (B, N, E) and memory (M, D): tokens and the four parts of the write."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The block as a function of tokens (B, N, E) and memory (M, D): tokens and the parts of the write."""
         x = self.attend(x, attn_mask, is_causal)
         update, write = self.mlp.step(self.norm2(x), memory)
         return x + self.drop_path2(self.ls2(update)), *write
@@ -258,8 +258,8 @@ class AssociativeTransformer(VisionTransformer):
         flatten = is_flat if global_pool is None else global_pool == 'flatten'
         if flatten and not is_flat:
             _check_fixed_tokens(dynamic_img_size=self.dynamic_img_size)
-            if not isinstance(self.fc_norm, nn.Identity):
-                self.norm = self.fc_norm  # as at creation: the final norm stands before the tokens are flattened
+            if not isinstance(self.fc_norm, nn.Identity):  # type: ignore[has-type]
+                self.norm = self.fc_norm  # type: ignore[has-type]  # as at creation: the final norm stands before the tokens are flattened
             self._tie_to_tokens(norm=True)
         elif is_flat and not flatten:
             self.fc_norm = nn.Identity()  # the norm over the flattened tokens goes with them
@@ -295,7 +295,7 @@ class AssociativeTransformer(VisionTransformer):
         like = self.patch_embed.proj.weight
         dd = {'device': like.device, 'dtype': like.dtype}
         width = (self.patch_embed.num_patches + self.num_prefix_tokens) * self.embed_dim
-        self.fc_norm = nn.LayerNorm(width, **dd) if norm else nn.Identity()
+        self.fc_norm: nn.Module = nn.LayerNorm(width, **dd) if norm else nn.Identity()
         self.head_hidden_size = width
         self.head = nn.Linear(width, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
         self._flatten()

@@ -38,7 +38,7 @@ class _Tie(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         device, dtype = ctx.like
         if ctx.weight == 0:  # a zero, not None: DistributedDataParallel must see every parameter's gradient
             return grad, torch.zeros((), device=device, dtype=dtype), None

@@ -151,6 +151,8 @@ class GlobalWorkspace(nn.Module):
         ValueError: For an argument out of range.
     """
 
+    memory: Tensor
+
     def __init__(
         self,
         in_features: int,
