@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,12 +184,13 @@ def test_saved_bytes_counts_a_storage_once_and_parameters_never() -> None:
     assert saved_bytes(Side(linear, step, 1)) == 4 * (x.numel() + 2 * 5)
 
 
-@pytest.mark.parametrize(('write_grad', 'bound'), [(False, 1.16), (True, 1.19)])
-def test_training_saves_little_more_than_a_vit_does(write_grad: bool, bound: float) -> None:
-    args = speed.parse([])
-    builds = [
-        lambda: timm.create_model('ait_small_patch4_32', depth=1, write_grad=write_grad),
-        lambda: vit_like(timm.create_model('ait_small_patch4_32', depth=1)),
-    ]
-    sides = [lambda build=build: speed.training(build, 8, args) for build in builds]
-    assert compare_bytes('', (sides[0], sides[1]), saved_bytes).ratio <= bound
+@pytest.mark.parametrize(('write_grad', 'bound'), [(False, 0.94), (True, 0.97)])
+def test_training_saves_no_more_than_a_vit_does(write_grad: bool, bound: float) -> None:
+    def forward(build: Callable[[], nn.Module]) -> Side:
+        model, images = build(), torch.randn(32, 3, 32, 32)
+        return Side(model, lambda: model(images).sum(), 32)
+
+    ait = partial(timm.create_model, 'ait_small_patch4_32', depth=1, write_grad=write_grad)
+    sides = (partial(forward, ait), partial(forward, lambda: vit_like(ait())))
+    row = compare_bytes('saved', sides, saved_bytes)
+    assert row.ratio <= bound, row
