@@ -158,7 +158,7 @@ class AssociativeTransformer(VisionTransformer):
         retrieval_steps: Hopfield updates per token.
         write_mode: 'train', 'always' or 'never'.
         write_grad: Whether the task trains the write.
-        retrieval_scale: None for the paper's blocks; a number keeps a ViT's own path and starts the retrieval so scaled.
+        retrieval_scale: None for the paper's blocks; a number keeps a ViT's own path, see the layer.
         global_pool: One of timm's, or 'flatten': the classifier reads all tokens side by side, as in the paper.
         fc_norm: As in timm; with 'flatten' a LayerNorm over the flattened tokens unless False.
         weight_init: As in timm; 'skip' keeps PyTorch's own initialisation, which is the authors'.
@@ -295,7 +295,7 @@ class AssociativeTransformer(VisionTransformer):
         like = self.patch_embed.proj.weight
         dd = {'device': like.device, 'dtype': like.dtype}
         width = (self.patch_embed.num_patches + self.num_prefix_tokens) * self.embed_dim
-        self.fc_norm: nn.Module = nn.LayerNorm(width, **dd) if norm else nn.Identity()
+        self.fc_norm = nn.LayerNorm(width, **dd) if norm else nn.Identity()  # type: ignore[assignment]
         self.head_hidden_size = width
         self.head = nn.Linear(width, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
         self._flatten()
