@@ -34,9 +34,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog='python -m timm_ait.demo', description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=Path, default=Path('output/demo'), help='folder for images and checkpoints')
-    parser.add_argument('--epochs', type=int, default=12)
+    parser.add_argument('--epochs', type=int, default=10)
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--workers', type=int, default=1, help='processes that load images')
+    parser.add_argument('--threads', type=int, default=1, help='of the model; one repeats its figures on any machine')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--min-accuracy', type=float, default=95.0, help='less, in percent, is a failure')
@@ -238,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the demo needs {', '.join(missing)}: pip install 'timm_ait[demo]'", file=sys.stderr)
         return 2
     start = time.monotonic()
+    torch.set_num_threads(args.threads)
     random_seed(args.seed)
     data = args.output / 'digits'
     write_digits(data, args.seed)
