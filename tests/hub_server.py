@@ -22,7 +22,8 @@ class LoopbackHub:
     Attributes:
         repos: 'org/name' -> file name -> content.
         faults: 'org/name' -> one of 'gated', 'drop' (no answer at all), 'cut' (half of the file, then silence),
-            'short' (half of the file, as if it were all), 'flip' (a byte of the file inverted).
+            'short' (half of the file, as if it were all), 'flip' (a byte of the file inverted), 'deaf' (uploads are
+            taken and forgotten).
         requests: Method and path of everything that was asked for.
         tokens: Authorization headers that came along.
     """
@@ -194,7 +195,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer_json({'transfer': 'basic', 'objects': objects})
 
     def take_commit(self, repo: str, body: bytes) -> None:
-        for line in map(json.loads, body.splitlines()):
+        lines = [] if self.hub.faults.get(repo) == 'deaf' else body.splitlines()
+        for line in map(json.loads, lines):
             value = line['value']
             if line['key'] == 'file':
                 self.hub.repos[repo][value['path']] = base64.b64decode(value['content'])
