@@ -92,10 +92,14 @@ def test_a_row_is_the_median_of_its_rounds_and_knows_its_goal() -> None:
 
 def test_rounds_alternate_between_the_sides() -> None:
     turns: list[str] = []
-    sides = [lambda name=name: Side(nn.Identity(), lambda: turns.append(name), 1) for name in 'ab']
-    with pytest.raises(ZeroDivisionError):  # without matrix work there is no floor
-        time_sides('nothing', (sides[0], sides[1]), rounds=2, seconds=0.0, threads=1)
-    assert ''.join(turns).endswith('aaabbbaaabbb')  # timeit warms up with two steps
+    square = torch.randn(3, 3)
+
+    def side(name: str) -> Side:
+        return Side(nn.Identity(), lambda: (turns.append(name), square @ square), items=1)
+
+    row = time_sides('squares', (partial(side, 'a'), partial(side, 'b')), rounds=2, seconds=0.0, threads=1)
+    assert ''.join(turns).endswith('aaabbbaaabbb')  # two steps of each turn warm up
+    assert (row.flops, row.floor, len(row.ratios)) == ([54.0, 54.0], 1.0, 2)
 
 
 @pytest.mark.parametrize('name', ['test_ait', 'ait_small'])
