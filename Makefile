@@ -10,7 +10,7 @@ endif
 .PHONY: help demo test lint unit timm-suite clean
 
 help:
-	@echo 'make demo        fine-tune a small AiT on real digits, about two minutes on two cores'
+	@echo 'make demo        fine-tune a small AiT on real digits, less than three minutes on two cores'
 	@echo 'make test        lint, formatting, types and all tests'
 	@echo 'make timm-suite  the model tests of the installed timm alone, test by test'
 	@echo 'make clean       remove environments, caches and outputs'

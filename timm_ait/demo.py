@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog='python -m timm_ait.demo', description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=Path, default=Path('output/demo'), help='folder for images and checkpoints')
-    parser.add_argument('--epochs', type=int, default=10)
+    parser.add_argument('--epochs', type=int, default=8)
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--workers', type=int, default=1, help='processes that load images')
     parser.add_argument('--threads', type=int, default=1, help='of the model; one repeats its figures on any machine')
