@@ -359,6 +359,17 @@ def test_an_overflow_inside_the_write_never_enters_the_memory(weight: str) -> No
     assert torch.equal(layer.memory, before)
 
 
+def test_a_key_that_overflowed_keeps_the_batch_out_even_where_no_slot_chose_it() -> None:
+    layer = make_layer()
+    layer.memory.abs_()
+    nn.init.ones_(layer.query.weight)  # queries above zero: a key of -inf is scored last
+    before = layer.memory.clone()
+    layer.key.register_forward_hook(lambda _module, _args, keys: keys.index_fill(0, torch.tensor(3), -torch.inf))
+    layer(tokens())
+    assert layer.last_write.message.isnan().all()
+    assert torch.equal(layer.memory, before)
+
+
 def test_the_memory_has_unit_rows_from_the_first_write_on() -> None:
     layer = make_layer()
     assert not torch.allclose(layer.memory.norm(dim=-1), torch.ones(M), atol=0.1)
