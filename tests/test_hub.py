@@ -164,10 +164,9 @@ def cache(tmp_path: Path) -> Path:
 
 
 def blobs(cache: Path) -> list[Path]:
-    """What a cache keeps of weights: everything but a small config.json."""
-    return [
-        path for path in cache.rglob('*') if path.is_file() and not path.is_symlink() and path.stat().st_size > 5000
-    ]
+    """What a cache keeps of weights: everything but a small config.json, and the parts that older clients resume."""
+    files = [path for path in cache.rglob('*') if path.is_file() and not path.is_symlink()]
+    return [path for path in files if path.stat().st_size > 5000 and path.suffix != '.incomplete']
 
 
 def overlay(remote: LoopbackHub, **changes: Any) -> dict[str, Any]:
