@@ -248,6 +248,16 @@ def test_a_square_of_positions_becomes_an_oblong() -> None:
     assert model(torch.randn(2, 3, 14, 35)).shape == (2, CLASSES)
 
 
+def test_an_oblong_of_positions_cannot_be_resampled_and_says_what_to_do() -> None:
+    oblong, square = make_model('ait_small', img_size=(14, 35)), make_model('ait_small')
+    with pytest.raises(
+        ValueError, match=r'10 positions, which is no square .* to \(3, 3\); .* then call set_input_size'
+    ):
+        checkpoint_filter_fn(oblong.state_dict(), square)
+    oblong.set_input_size((SIDE, SIDE))
+    assert_equal(checkpoint_filter_fn(oblong.state_dict(), square), oblong.state_dict())
+
+
 @pytest.mark.parametrize('key', ['blocks.0.ls1.gamma', 'dist_token', 'blocks.0.mlp.fc3.weight', 'norm_pre.weight'])
 def test_a_key_that_the_model_has_not_is_named(key: str) -> None:
     state_dict = {**make_vit().state_dict(), key: torch.zeros(E)}

@@ -4,6 +4,7 @@ Every key of a foreign checkpoint is renamed, left out for a stated reason, or a
 """
 
 import argparse
+import math
 import pickle
 import re
 from pathlib import Path
@@ -202,6 +203,12 @@ def _fit_stem(state_dict: StateDict, model: 'AssociativeTransformer') -> StateDi
     if pos_embed is not None and model.pos_embed is not None and pos_embed.shape[1] != model.pos_embed.shape[1]:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         grid = model.patch_embed.grid_size
+        count = pos_embed.shape[1] - prefix
+        if math.isqrt(count) ** 2 != count:
+            raise ValueError(
+                f'pos_embed has {count} positions, which is no square that could be resampled to {grid}; '
+                'create the model with the img_size of the checkpoint, then call set_input_size'
+            )
         pos_embed = resample_abs_pos_embed(pos_embed, new_size=grid, num_prefix_tokens=prefix)
         state_dict = {**state_dict, 'pos_embed': pos_embed}
     pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1]
