@@ -180,7 +180,12 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             return
-        self.answer(200, body, **headers)
+        start = re.match(r'bytes=(\d+)-$', self.headers.get('Range', ''))
+        if start and self.command == 'GET':
+            headers['Content_Range'] = f'bytes {start[1]}-{len(body) - 1}/{len(body)}'
+            self.answer(206, body[int(start[1]) :], **headers)
+        else:
+            self.answer(200, body, **headers)
 
     def create(self, asked: dict[str, Any]) -> None:
         repo = f'{asked["organization"]}/{asked["name"]}'
