@@ -465,6 +465,12 @@ def test_a_model_saved_after_a_reset_is_rebuilt_alike(
     assert torch.equal(rebuilt.eval()(images()), model.eval()(images()))
 
 
+def test_a_paper_model_with_tokens_of_a_vit_starts_finite() -> None:
+    model = make_model(pos_embed='learn', class_token=True, reg_tokens=2)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert 0 < model.pos_embed.std() < 0.1
+
+
 def test_a_model_of_dynamic_size_cannot_be_reset_to_flatten() -> None:
     model = make_model('vit', dynamic_img_size=True)
     with pytest.raises(ValueError, match="'flatten' needs a fixed number of tokens, got dynamic_img_size=True"):

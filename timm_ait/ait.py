@@ -220,8 +220,7 @@ class AssociativeTransformer(VisionTransformer):
         if flatten:
             self._tie_to_tokens(norm=fc_norm is not False)
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
-        if weight_init != 'skip':
-            self.init_weights(needs_reset=False)
+        self.init_weights(needs_reset=False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Classify images (B, C, H, W): logits (B, num_classes)."""
