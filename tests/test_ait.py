@@ -478,6 +478,16 @@ def test_a_model_of_dynamic_size_cannot_be_reset_to_flatten() -> None:
     assert model(images(side=40)).shape == (3, CLASSES)
 
 
+def test_a_flattened_model_without_classifier_takes_another_size_and_stays_frozen() -> None:
+    model = make_model().requires_grad_(False).eval()
+    model.reset_classifier(0)
+    side = 2 * model.patch_embed.img_size[0]
+    model.set_input_size((side, side))
+    assert model(images(side=side)).shape == (3, model.num_features)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
 def test_leaving_flatten_without_pooling_returns_the_tokens() -> None:
     model = make_model().eval()
     model.reset_classifier(0, '')

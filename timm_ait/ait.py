@@ -270,24 +270,29 @@ class AssociativeTransformer(VisionTransformer):
         like = self.patch_embed.proj.weight
         dd = {'device': like.device, 'dtype': like.dtype}
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.train(self.training)  # the new modules too
 
     def set_input_size(
         self,
         img_size: tuple[int, int] | None = None,
         patch_size: tuple[int, int] | None = None,
     ) -> None:
-        """Change image or patch size as timm does; a flattened head is tied to the number of tokens."""
+        """Change image or patch size as timm does; a classifier over flattened tokens is tied to their number."""
         new_img, new_patch = img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size
         _check_divisible(new_img, new_patch, self.patch_embed.dynamic_img_pad)
-        if self.global_pool == 'flatten':
-            (h, w), (p, q) = to_2tuple(new_img), to_2tuple(new_patch)
-            if (h // p) * (w // q) != self.patch_embed.num_patches:
-                raise ValueError(
-                    f'the classifier reads {self.patch_embed.num_patches} flattened tokens, img_size={new_img} with '
-                    f'patch_size={new_patch} gives {(h // p) * (w // q)}; create the model with img_size={new_img}, or '
-                    "leave 'flatten' first: reset_classifier(num_classes, global_pool='avg')"
-                )
+        (h, w), (p, q) = to_2tuple(new_img), to_2tuple(new_patch)
+        is_resized = self.global_pool == 'flatten' and (h // p) * (w // q) != self.patch_embed.num_patches
+        if is_resized and self.num_classes > 0:
+            raise ValueError(
+                f'the classifier reads {self.patch_embed.num_patches} flattened tokens, img_size={new_img} with '
+                f'patch_size={new_patch} gives {(h // p) * (w // q)}; create the model with img_size={new_img}, or '
+                "leave 'flatten' first: reset_classifier(num_classes, global_pool='avg')"
+            )
         super().set_input_size(img_size=img_size, patch_size=patch_size)
+        if is_resized:  # no classifier, but a norm over the flattened tokens
+            is_trained = all(p.requires_grad for p in self.fc_norm.parameters())
+            self._tie_to_tokens(norm=isinstance(self.fc_norm, nn.LayerNorm))
+            self.fc_norm.requires_grad_(is_trained).train(self.training)
 
     def _tie_to_tokens(self, norm: bool) -> None:
         """Make the classifier read all tokens side by side: (B, N, E) -> (B, N*E)."""
@@ -341,7 +346,7 @@ def _create_ait(
     **kwargs: Any,
 ) -> AssociativeTransformer:
     """Build a variant; timm reads its weights from a file that was verified before."""
-    out_indices = kwargs.pop('out_indices', 3)
+    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
     cfg = resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay, kwargs.get('pretrained_model_args'))
     weights = fetch_weights(cfg, cache_dir) if pretrained else None
     model = build_model_with_cfg(
