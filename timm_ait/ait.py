@@ -270,7 +270,7 @@ class AssociativeTransformer(VisionTransformer):
         like = self.patch_embed.proj.weight
         dd = {'device': like.device, 'dtype': like.dtype}
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.train(self.training)  # the new modules too
+        self._set_mode_of_head()
 
     def set_input_size(
         self,
@@ -292,7 +292,8 @@ class AssociativeTransformer(VisionTransformer):
         if is_resized:  # no classifier, but a norm over the flattened tokens
             is_trained = all(p.requires_grad for p in self.fc_norm.parameters())
             self._tie_to_tokens(norm=isinstance(self.fc_norm, nn.LayerNorm))
-            self.fc_norm.requires_grad_(is_trained).train(self.training)
+            self.fc_norm.requires_grad_(is_trained)
+            self._set_mode_of_head()
 
     def _tie_to_tokens(self, norm: bool) -> None:
         """Make the classifier read all tokens side by side: (B, N, E) -> (B, N*E)."""
@@ -310,6 +311,12 @@ class AssociativeTransformer(VisionTransformer):
         self.attn_pool, self.pool_include_prefix = nn.Flatten(1), True  # timm's place for a pooling module
         # timm: num_features is what a model without classifier hands on
         self.num_features = self.embed_dim if self.num_classes > 0 else self.head_hidden_size
+
+    def _set_mode_of_head(self) -> None:
+        """Put what was made anew for the head in the mode of the model."""
+        for module in (self.attn_pool, self.fc_norm, self.head):
+            if module is not None:
+                module.train(self.training)
 
     @torch.jit.unused
     def _check_input(self, x: Tensor) -> None:
