@@ -74,7 +74,8 @@ def test_workers_of_every_start_method_find_what_the_script_defines(method: str,
 
 def test_torchrun_starts_it_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / 'rank.py').write_text(
-        "import os, timm\nprint('rank', os.environ['RANK'], timm.list_models('test_ait'), flush=True)\n"
+        'import os, timm\n'  # one write a rank: torchrun's are unbuffered, and would mingle
+        "os.write(1, f\"rank {os.environ['RANK']} {timm.list_models('test_ait')}\\n\".encode())\n"
     )
     prefix = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'timm_ait')
     done = launch('rank.py', cwd=tmp_path, prefix=prefix)
