@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .balance import carry_balance_loss
 from .convert import fit_pretrained
 from .distributed import synchronize_memory
-from .pretrained import fetch_weights, resolve_cfg
+from .pretrained import fetch_weights, packaged, resolve_cfg
 from .workspace import GlobalWorkspace, MemoryWrite
 
 __all__ = ['AssociativeBlock', 'AssociativeTransformer', 'NormalizedPatchEmbed']
@@ -437,7 +437,9 @@ default_cfgs = generate_default_cfgs(
         **_vit_cfgs('ait_vit_small_patch16_224'),
         **_vit_cfgs('ait_vit_medium_patch16_224'),
         **_vit_cfgs('ait_vit_base_patch16_224'),
-        'test_ait.cifar10': _cifar_cfg(),
+        'test_ait.cifar10': _cifar_cfg(
+            **packaged('test_ait.cifar10', 'a3f6c2df772f85bb9d4e6b48965d6dd6fdac68c2193ac0c4ada43aeff84b4fe0')
+        ),
     }
 )
 

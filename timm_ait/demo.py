@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog='python -m timm_ait.demo', description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=Path, default=Path('output/demo'), help='folder for images and checkpoints')
-    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--epochs', type=int, default=6)
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--workers', type=int, default=1, help='processes that load images')
     parser.add_argument('--threads', type=int, default=1, help='of the model; one repeats its figures on any machine')
@@ -215,7 +215,7 @@ def commands(data: Path, args: argparse.Namespace) -> list[str]:
     scripts = SCRIPTS.format(version=timm.__version__)
     return [
         f'curl --remote-name-all {scripts}/train.py {scripts}/validate.py',
-        f'python train.py --device-modules timm_ait {common} --epochs {args.epochs} --batch-size {args.batch_size} '
+        f'python train.py --device-modules timm_ait {common} --pretrained --epochs {args.epochs} --batch-size {args.batch_size} '
         f'--opt adamw --lr {LR} --weight-decay {WEIGHT_DECAY} --sched-on-updates '
         f'--warmup-epochs {WARMUP_EPOCHS} --warmup-lr {LR / 100} --cooldown-epochs 0 '
         '--scale 0.7 1.0 --hflip 0 --smoothing 0 --output output --experiment own',
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     data = args.output / 'digits'
     write_digits(data, args.seed)
 
-    model = timm.create_model(MODEL, num_classes=CLASSES).to(args.device)
+    model = timm.create_model(MODEL, pretrained=True, num_classes=CLASSES).to(args.device)
     print(f'{MODEL}: {sum(p.numel() for p in model.parameters()):,} parameters; images in {data}')
     trained = fit(model, data, args)
 
