@@ -215,10 +215,11 @@ def commands(data: Path, args: argparse.Namespace) -> list[str]:
     scripts = SCRIPTS.format(version=timm.__version__)
     return [
         f'curl --remote-name-all {scripts}/train.py {scripts}/validate.py',
-        f'python train.py --device-modules timm_ait {common} --pretrained --epochs {args.epochs} --batch-size {args.batch_size} '
-        f'--opt adamw --lr {LR} --weight-decay {WEIGHT_DECAY} --sched-on-updates '
-        f'--warmup-epochs {WARMUP_EPOCHS} --warmup-lr {LR / 100} --cooldown-epochs 0 '
-        '--scale 0.7 1.0 --hflip 0 --smoothing 0 --output output --experiment own',
+        f'python train.py --device-modules timm_ait {common} --pretrained '
+        f'--epochs {args.epochs} --batch-size {args.batch_size} '
+        f'--opt adamw --lr {LR} --weight-decay {WEIGHT_DECAY} --sched-on-updates --warmup-epochs {WARMUP_EPOCHS} '
+        f'--warmup-lr {LR / 100} --cooldown-epochs 0 --scale 0.7 1.0 --hflip 0 --smoothing 0 '
+        '--output output --experiment own',
         f'python -m timm_ait validate.py {common} --checkpoint output/own/model_best.pth.tar',
     ]
 
