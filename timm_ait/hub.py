@@ -78,8 +78,8 @@ def export(
     model.to(getattr(torch, dtype))
     facts = {**read.facts, **_read_results(results)}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as workplace:
-        made = Path(workplace) / folder.name
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / folder.name
         _save(model, made, model_args)
         weights = 'averaged (EMA)' if read.is_ema else 'as trained'
         write_card(made, facts, read.args, dataset, weights, commit, _code_version())
