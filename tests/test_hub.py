@@ -79,6 +79,11 @@ def logits(model: nn.Module, channels: int = 3, size: int = 32) -> list[Any]:
     return model.eval()(images(channels, size)).tolist()
 
 
+def assert_same_logits(loaded: dict[str, Any], model: nn.Module) -> None:
+    """To float rounding: another process may compute with another number of threads."""
+    torch.testing.assert_close(torch.tensor(loaded['logits']), torch.tensor(logits(model)))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What runs in the child processes
 
@@ -182,7 +187,7 @@ def overlay(remote: LoopbackHub, **changes: Any) -> dict[str, Any]:
 def test_a_hub_name_loads_the_very_weights(remote: LoopbackHub, child: Child, cache: Path) -> None:
     loaded = child(load, NAME, cache_dir=cache)
     assert loaded['fingerprint'] == fingerprint(make_model())
-    assert loaded['logits'] == logits(make_model())
+    assert_same_logits(loaded, make_model())
     assert loaded['cfg'] == {'hf_hub_id': REPO, 'source': 'hf-hub', 'file': None, 'notes': None}
 
 
@@ -705,7 +710,7 @@ def test_a_folder_goes_to_the_hub_and_comes_back_bit_for_bit(
     loaded = child(load, 'hf-hub:me/test_ait.mine', cache_dir=cache)
     local = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert loaded['fingerprint'] == fingerprint(local)
-    assert loaded['logits'] == logits(local)
+    assert_same_logits(loaded, local)
     assert served.tokens == {f'Bearer {TOKEN}'}  # it went to the Hub, and nowhere else
     assert TOKEN not in done.stdout + done.stderr
     assert not [path for path in tmp_path.rglob('*') if path.is_file() and TOKEN.encode() in path.read_bytes()]
