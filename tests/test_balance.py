@@ -231,6 +231,7 @@ def test_the_switch_leaves_plain_logits_and_a_plain_balance_loss() -> None:
     assert model.balance_loss().requires_grad
 
 
+@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
 def test_traced_scripted_and_exported_models_return_plain_tensors() -> None:
     model = make_model().eval()
     assert type(torch.jit.script(model).train()(IMAGES)) is Tensor
