@@ -163,6 +163,13 @@ def test_losses_of_several_forwards_each_bring_their_own() -> None:
     assert distance(run(False), run(True)) < 1e-6
 
 
+def test_a_constant_taken_off_a_loss_rescales_nothing_whatever_its_value() -> None:
+    loss = F.cross_entropy(make_model()(IMAGES), TARGET) / 4
+    for constant in (0.5, loss.item(), torch.ones(3)):
+        (share,) = torch.autograd.grad((loss - constant).sum(), loss.balances, retain_graph=True)
+        assert share == (3 if isinstance(constant, Tensor) else 1) / 4
+
+
 def test_gradient_checkpointing_carries_the_same() -> None:
     plain, checkpointed = make_model(), make_model()
     checkpointed.set_grad_checkpointing()

@@ -27,7 +27,7 @@ def main() -> None:
         print(f'{USAGE}\nno script at {os.path.abspath(script)!r}; give the path of a Python file', file=sys.stderr)
         raise SystemExit(2)
     sys.argv = [script, *args]
-    if not sys.flags.safe_path if sys.version_info >= (3, 11) else True:
+    if not getattr(sys.flags, 'safe_path', False):  # which Python 3.10 does not know
         sys.path[0] = os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name='__main__')
 

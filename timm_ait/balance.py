@@ -127,7 +127,7 @@ def _keeps_ties(name: str, carriers: list[CarrierTensor], args: tuple[Any, ...])
         in_place = name.startswith('__i') or (name.endswith('_') and not name.endswith('__'))
         return in_place or len(_unique(carriers)) == sum(len(carrier.balances) for carrier in carriers)
     operands = [x for x in args if x is not carriers[0]]
-    if 'sub' in name and operands == list(args[:1]):  # constant - loss
+    if 'sub' in name and args[0] is not carriers[0]:  # constant - loss
         return False
     is_negative = bool(operands) and isinstance(operands[0], (int, float)) and operands[0] < 0
     return name in RESCALING and not (is_negative and ('mul' in name or 'div' in name))
