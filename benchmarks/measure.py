@@ -1,12 +1,12 @@
 """Two sides of a comparison, measured turn by turn in one process."""
 
+import ctypes
 import gc
 import platform
 import subprocess
-import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -14,9 +14,12 @@ from typing import Any
 import timm
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass
@@ -113,44 +116,29 @@ def compare_bytes(name: str, sides: Sides, measure: Callable[[Side], int], goal:
 
 
 def peak_bytes(side: Side) -> int:
-    """Largest CUDA memory during a step, weights, gradients and optimiser state included."""
+    """Most memory that a step holds beside what was there before it: neither weights nor the optimiser's state."""
     side.step()
-    torch.cuda.reset_peak_memory_stats()
-    side.step()
-    return torch.cuda.max_memory_allocated()
-
-
-def saved_bytes(side: Side) -> int:
-    """Largest sum, during a step, of what autograd keeps for backward: each storage once, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in side.model.parameters()}
-    holders: Counter[int] = Counter()
-    now = peak = 0
-
-    def release_box(storage: int, size: int) -> None:
-        nonlocal now
-        holders[storage] -= 1
-        now -= size if holders[storage] == 0 else 0
-
-    def pack(x: Tensor) -> Box:
-        nonlocal now, peak
-        box, storage, size = Box(x), x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
-        if storage not in parameters:
-            now += size if holders[storage] == 0 else 0
-            holders[storage] += 1
-            peak = max(peak, now)
-            weakref.finalize(box, release_box, storage, size)
-        return box
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+    if next(side.model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         side.step()
-    return peak
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        side.step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-class Box:
-    """A saved tensor, in something whose end can be noticed."""
+def keep_freed_memory() -> None:
+    """Let the C library reuse freed memory, as CUDA's allocator does, where it would give large blocks back.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    Each block given back costs some page faults when it is taken again: several percent of a step, that come and go
+    with the order of the blocks rather than with the work. Only glibc knows how.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def release() -> None:

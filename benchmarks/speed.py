@@ -25,9 +25,9 @@ from measure import (
     compare_bytes,
     draw,
     environment,
+    keep_freed_memory,
     peak_bytes,
     release,
-    saved_bytes,
     table,
     time_sides,
 )
@@ -47,7 +47,7 @@ LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
     'toy': {size: ('test_ait', {'depth': depth}) for size, depth in zip(SIZES, (1, 2, 4), strict=True)},
 }
 DEFAULTS = {
-    'cpu': {'layouts': ['32'], 'sizes': ['small'], 'batch_sizes': [32], 'tokens': [4096, 8192, 16384, 32768]}
+    'cpu': {'layouts': ['32'], 'sizes': ['small'], 'batch_sizes': [32], 'tokens': [4096, 16384, 65536, 262144]}
     | {'dtype': 'float32', 'rounds': 9},
     'cuda': {'layouts': ['32', '224'], 'sizes': SIZES, 'batch_sizes': [256], 'tokens': [4096, 16384, 65536, 262144]}
     | {'dtype': 'bfloat16', 'rounds': 15},
@@ -140,8 +140,6 @@ def model_cases(args: Args) -> Iterator[Case]:
             if 'training' in args.rows:
                 yield f'training, {name}', partial(timed, sides=sides, goal=goal)
             if 'memory' in args.rows:
-                yield f'saved for backward, {name}', partial(compare_bytes, sides=sides, measure=saved_bytes, goal=1.08)
-            if 'memory' in args.rows and args.device == 'cuda':
                 yield f'peak memory, {name}', partial(compare_bytes, sides=sides, measure=peak_bytes, goal=1.08)
 
 
@@ -212,6 +210,7 @@ def parse(argv: list[str] | None = None) -> Args:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.manual_seed(0)
+    keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []
     rows = measure([*model_cases(args), *depth, *workspace_cases(args)])
     print(table(rows, args.peak_tflops))

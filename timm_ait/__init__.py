@@ -3,7 +3,8 @@
 from .ait import AssociativeBlock, AssociativeTransformer, NormalizedPatchEmbed
 from .convert import checkpoint_filter_fn
 from .distributed import synchronize_memory
-from .workspace import GlobalWorkspace, hopfield_energy
+from .hopfield import hopfield_energy
+from .workspace import GlobalWorkspace
 
 __version__ = '0.1.0'
 

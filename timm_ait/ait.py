@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .balance import carry_balance_loss
 from .convert import fit_pretrained
 from .distributed import synchronize_memory
+from .fused import FusedWorkspace
 from .pretrained import fetch_weights, packaged, resolve_cfg
 from .workspace import GlobalWorkspace, MemoryWrite
 
@@ -35,6 +36,7 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 UPCYCLED: dict[str, Any] = dict(retrieval_scale=0.0)
 
 register_notrace_module(GlobalWorkspace)
+register_notrace_module(FusedWorkspace)
 
 
 @register_notrace_module
@@ -126,7 +128,7 @@ class AssociativeBlock(Block):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The block as a function of tokens (B, N, E) and memory (M, D): tokens and the parts of the write."""
         x = self.attend(x, attn_mask, is_causal)
-        update, write = self.mlp.step(self.norm2(x), memory)
+        update, write = self.mlp.step(self.norm2(x), memory, is_checkpointed=True)
         return x + self.drop_path2(self.ls2(update)), *write
 
     @torch.jit.unused

@@ -9,14 +9,19 @@ S write heads; a bottleneck of k tokens a slot. Where a line differs from the au
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint
 from torch import Tensor, nn
 
-__all__ = ['GlobalWorkspace', 'MemoryWrite', 'balance_loss', 'bottleneck_attention', 'hopfield_energy', 'squash']
+from .fused import FusedWorkspace
+from .hopfield import hopfield_retrieval
+from .norm import OutputNorm
+from .selection import gather, top_logits
+
+__all__ = ['GlobalWorkspace', 'MemoryWrite', 'balance_loss', 'bottleneck', 'squash']
 
 WRITE_MODES = ('train', 'always', 'never')
 
@@ -44,33 +49,22 @@ def squash(h: Tensor) -> Tensor:
     return h.flatten(0, -2)
 
 
-def bottleneck_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, bottleneck: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Let every slot of every head attend to the ``bottleneck`` tokens it scores highest (section 3.2).
+def bottleneck(queries: Tensor, h: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Let every slot of every head attend to the k tokens it scores highest (section 3.2).
 
     Args:
-        queries: (S, M, D), float32 or wider.
-        keys: (T, S, D), T the tokens of the whole batch.
-        values: (T, S, D).
-        bottleneck: k, cut to T where it is larger.
+        queries: (S, M, E), float32 or wider.
+        h: (T, E), the tokens of the whole batch.
+        k: Cut to T where it is larger.
 
     Returns:
-        message (S, M, D), gates (S, M, k), chosen tokens (S, M, k), log of the gates' normaliser (S, M).
+        gates (S, M, k), selected tokens (S, M, k), log of the gates' normaliser (S, M).
     """
-    T, S, D = keys.shape
-    logits = torch.matmul(queries / math.sqrt(D), keys.to(queries.dtype).permute(1, 2, 0))  # (S, M, T)
-    top_logits, tokens = logits.topk(min(bottleneck, T), dim=-1, sorted=False)
-    gates = top_logits.softmax(dim=-1)
-    # One row of `values` per (token, head); embedding_bag sums rows by weight without a (S, M, k, D) copy.
-    rows = tokens * S + torch.arange(S, device=tokens.device).view(S, 1, 1)
-    message = F.embedding_bag(
-        rows.flatten(0, 1),  # (S, M, k) -> (S*M, k)
-        values.to(gates.dtype).reshape(T * S, D),  # (T, S, D) -> (T*S, D)
-        mode='sum',
-        per_sample_weights=gates.flatten(0, 1),  # (S, M, k) -> (S*M, k)
-    )
-    return message.view_as(queries), gates, tokens, top_logits.detach().logsumexp(dim=-1)
+    logits, selected = top_logits(queries.flatten(0, 1).to(h.dtype), h, min(k, len(h)))  # (S, M, E) -> (S*M, E)
+    logits = logits.to(queries.dtype)
+    S, M, _ = queries.shape
+    gates, log_mass = logits.softmax(dim=-1), logits.detach().logsumexp(dim=-1)
+    return gates.unflatten(0, (S, M)), selected.unflatten(0, (S, M)), log_mass.unflatten(0, (S, M))
 
 
 def balance_loss(gates: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
@@ -96,24 +90,6 @@ def balance_loss(gates: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
         return x.var(dim=-1) / (x.mean(dim=-1).square() + 1e-10)
 
     return (cv_squared(per_token(gates)) + cv_squared(per_token((gates > 0).to(gates.dtype)))).sum()
-
-
-def hopfield_energy(state: Tensor, attractors: Tensor, beta: float = 1.0) -> Tensor:
-    """Energy of the continuous Hopfield network, which no retrieval step raises (equation 7).
-
-    ``E(xi) = -lse(beta, a xi) + xi.xi / 2 + ln(M) / beta + max_i |a_i|^2 / 2``
-
-    Args:
-        state: (..., E) states ``xi``.
-        attractors: (M, E) stored patterns ``a``.
-        beta: Inverse temperature, > 0.
-
-    Returns:
-        (...) energies, at least zero.
-    """
-    lse = torch.logsumexp(beta * state @ attractors.t(), dim=-1) / beta
-    norm = attractors.square().sum(dim=-1).max()
-    return -lse + 0.5 * state.square().sum(dim=-1) + math.log(attractors.shape[0]) / beta + 0.5 * norm
 
 
 class GlobalWorkspace(nn.Module):
@@ -205,7 +181,7 @@ class GlobalWorkspace(nn.Module):
         self.drop1 = nn.Dropout(drop)
         self.hidden_norm = norm_layer(hidden_features, **dd) if norm_layer is not None else nn.Identity()
         self.fc2 = nn.Linear(hidden_features, in_features, bias=bias, **dd)
-        self.norm = nn.LayerNorm(in_features, **dd)
+        self.norm = OutputNorm(in_features, **dd)
         self.drop2 = nn.Dropout(drop)
         # 3. bottleneck write: W_Q, W_K, W_V, W_O and the norm of the new memory
         self.query = nn.Linear(slot_dim, write_heads * slot_dim, bias=False, **dd)
@@ -230,54 +206,74 @@ class GlobalWorkspace(nn.Module):
         """Write the tokens ``x`` (B, N, E) into the memory where the mode says so, and read it: (B, N, E)."""
         if torch.jit.is_scripting() or not self.is_writing():  # TorchScript is for deployment: it reads only
             f = self.feed_forward(x)
-            h = self.norm(f)
-            return self.sum(f, h, self.retrieve(h, self.memory))
+            return self.read(f, self.norm(f), self.memory)
         x, write = self.step(x, self.memory.clone())
         self.commit(write)
         return x
 
     @torch.jit.unused
-    def step(self, x: Tensor, memory: Tensor) -> tuple[Tensor, MemoryWrite]:
-        """The layer as a function of tokens (B, N, E) and memory (M, D), without side effect.
+    def step(self, x: Tensor, memory: Tensor, is_checkpointed: bool = False) -> tuple[Tensor, MemoryWrite]:
+        """The layer as a function of tokens and memory, without side effect.
 
-        Gradient checkpointing runs it twice, with the same memory. Returns the tokens (B, N, E) and the write.
+        Args:
+            x: (B, N, E).
+            memory: (M, D), before the write.
+            is_checkpointed: Whether gradient checkpointing runs it, a second time for the backward pass with the same
+                memory, and so decides what is kept.
+
+        Returns:
+            The tokens (B, N, E) and the write.
         """
         f = self.feed_forward(x)
         h = self.norm(f)
-        write = self.write(squash(h), memory)
-        return self.sum(f, h, self.retrieve(h, write.memory)), write
+        with nullcontext() if is_checkpointed else self.norm.rebuilt(f, h):
+            write = self.write(squash(h), memory)
+            return self.read(f, h, write.memory), write
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """``f = W2 GELU(W1 x)``, whose norm ``h`` reads and writes: (B, N, E) -> (B, N, E)."""
-        x = self.fc1(x)
-        if not torch.jit.is_scripting() and self.training and torch.is_grad_enabled():
-            # The activation is half of what a ViT's feed-forward part saves for backward, and cheap to compute again:
-            # more than the room that the workspace needs.
-            return checkpoint(self.project, x, preserve_rng_state=self.drop1.p > 0)
-        return self.project(x)
-
-    def project(self, x: Tensor) -> Tensor:
-        """``W2 GELU(x)``: (B, N, hidden) -> (B, N, E)."""
-        return self.drop2(self.fc2(self.hidden_norm(self.drop1(self.act(x)))))
+        return self.drop2(self.fc2(self.hidden_norm(self.drop1(self.act(self.fc1(x))))))
 
     @torch.jit.unused
     def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
         """Bottleneck write of the squashed tokens ``h`` (T, E) into ``memory`` (M, D)."""
-        S, D = self.write_heads, self.slot_dim
-        keys = self.key(h).unflatten(-1, (S, D))  # (T, S*D) -> (T, S, D)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.write_grad):
-            values = self.value(h).unflatten(-1, (S, D))  # (T, S*D) -> (T, S, D)
         with torch.autocast(h.device.type, enabled=False):  # selection, softmax and EWMA stay in float32
-            queries = F.linear(memory, self.query.weight.to(memory.dtype)).unflatten(-1, (S, D)).transpose(0, 1)
-            message, gates, tokens, log_mass = bottleneck_attention(queries, keys, values, self.bottleneck)
+            h = h.to(memory.dtype) if h.device.type == 'cpu' else h
+            gates, selected, log_mass = bottleneck(self.fold_queries(memory), h, self.bottleneck)
             loss = gates.new_zeros(())
             if self.balance_weight > 0:
-                loss = self.balance_weight * balance_loss(gates, tokens, num_tokens=h.shape[0])
-            is_finite = (keys.detach().sum(dtype=memory.dtype) + message.detach().sum()).isfinite()
+                loss = self.balance_weight * balance_loss(gates, selected, num_tokens=len(h))
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.write_grad):
+                message = self.message(gates, selected, h)
+                is_finite = message.detach().sum().isfinite()
                 message = message.where(is_finite, torch.nan)
                 new = self.ewma(memory, message)
         return MemoryWrite(new, loss, memory, message.detach(), log_mass.where(is_finite, -torch.inf))
+
+    @torch.jit.unused
+    def fold_queries(self, memory: Tensor) -> Tensor:
+        """Queries that score tokens without their keys, ``q (W_K h) = (W_K^T q) h``: (M, D) -> (S, M, E)."""
+        S, D = self.write_heads, self.slot_dim
+        queries = F.linear(memory, self.query.weight.to(memory.dtype)).unflatten(-1, (S, D))  # (M, S*D) -> (M, S, D)
+        keys = self.key.weight.to(memory.dtype).unflatten(0, (S, D))  # (S*D, E) -> (S, D, E)
+        return torch.matmul(queries.transpose(0, 1) / math.sqrt(D), keys)
+
+    @torch.jit.unused
+    def message(self, gates: Tensor, selected: Tensor, h: Tensor) -> Tensor:
+        """What each head reads for each slot, ``sum_j g_j W_V h_j = W_V sum_j g_j h_j``.
+
+        Args:
+            gates: (S, M, k).
+            selected: (S, M, k).
+            h: (T, E).
+
+        Returns:
+            (S, M, D).
+        """
+        S, M, _ = gates.shape
+        read = gather(gates.flatten(0, 1).to(h.dtype), selected.flatten(0, 1), h)  # (S, M, k) -> (S*M, k) -> (S*M, E)
+        values = self.value.weight.to(gates.dtype).unflatten(0, (S, -1))  # (S*D, E) -> (S, D, E)
+        return torch.matmul(read.to(gates.dtype).unflatten(0, (S, M)), values.transpose(1, 2))
 
     @torch.jit.unused
     def ewma(self, memory: Tensor, message: Tensor) -> Tensor:
@@ -298,20 +294,24 @@ class GlobalWorkspace(nn.Module):
         new = F.normalize(torch.lerp(memory, update, 1 - self.memory_decay), dim=-1)
         return torch.where(new.detach().sum().isfinite(), new, memory)
 
-    def retrieve(self, h: Tensor, memory: Tensor) -> Tensor:
-        """Linear transform and Hopfield retrieval, ``r = softmax(beta h a^T) a``: (B, N, E) -> (B, N, E)."""
-        # Rows of unit length whatever was stored: a first random memory, or the mean of several (weight averaging).
-        attractors = self.lift(F.normalize(memory, dim=-1).to(self.lift.weight.dtype))  # (M, D) -> (M, E)
-        state = h
-        for _ in range(self.retrieval_steps):
-            logits = self.beta * torch.matmul(state, attractors.t())
-            state = torch.matmul(logits.softmax(dim=-1, dtype=memory.dtype).to(attractors.dtype), attractors)
-        return state
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        """Retrieve from the memory (M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
+        base = h if self.scale is None else f
+        return hopfield_retrieval(base, h, self.attractors(memory), self.beta, self.retrieval_steps, self.scale)
 
-    def sum(self, f: Tensor, h: Tensor, r: Tensor) -> Tensor:
-        """What the layer returns: ``h + r``, or ``f + scale * r`` on top of a ViT's own path."""
-        scale = self.scale
-        return h + r if scale is None else f + scale * r
+    def attractors(self, memory: Tensor) -> Tensor:
+        """Linear transform ``a = W_LT gamma + b``: (M, D) -> (M, E)."""
+        # Rows of unit length whatever was stored: a first random memory, or the mean of several (weight averaging).
+        return self.lift(F.normalize(memory, dim=-1).to(self.lift.weight.dtype))
+
+    @torch.jit.ignore
+    def fuse(self) -> 'FusedWorkspace':
+        """The layer for evaluation alone; timm's ``reparameterize_model`` puts it in the place of this one.
+
+        Raises:
+            ValueError: If the layer writes in evaluation too.
+        """
+        return FusedWorkspace(self)
 
     @torch.jit.unused
     def commit(self, write: MemoryWrite) -> None:

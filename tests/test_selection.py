@@ -1,0 +1,87 @@
+"""Products with selected tokens: against dense matrices, both ways to compute them, gradients of gradients included."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from timm_ait import selection
+from timm_ait.selection import gather, sample, scatter, top_logits
+
+Q, E, K = 3, 5, 2
+DENSE, SPARSE = 7, 13  # tokens T: below and above six times K
+
+
+@pytest.fixture(params=[DENSE, SPARSE], ids=['dense', 'sparse'])
+def num_tokens(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype).requires_grad_()
+
+
+def select(num_tokens: int) -> Tensor:
+    """Of T tokens, some in every row, some in one, some in none: (Q, K)."""
+    return torch.tensor([[0, num_tokens - 1], [2, 0], [0, 2]])
+
+
+def one_hot(selected: Tensor, num_tokens: int) -> Tensor:
+    return torch.nn.functional.one_hot(selected, num_tokens).double()  # (Q, K, T)
+
+
+def test_both_ways_are_taken() -> None:
+    for cost in (selection.COST_OF_SUM, selection.COST_OF_PRODUCT):
+        assert selection._is_sparse(select(SPARSE), SPARSE, cost)
+        assert not selection._is_sparse(select(DENSE), DENSE, cost)
+
+
+def test_they_are_the_derivatives_of_one_form(num_tokens: int) -> None:
+    weights, y, x, selected = draw(Q, K), draw(Q, E), draw(num_tokens, E), select(num_tokens)
+    form = torch.einsum('qk,qkt,qe,te->', weights, one_hot(selected, num_tokens), y, x)
+    by_weights, by_y, by_x = torch.autograd.grad(form, [weights, y, x])
+    torch.testing.assert_close(sample(y, x, selected), by_weights)
+    torch.testing.assert_close(gather(weights, selected, x), by_y)
+    torch.testing.assert_close(scatter(weights, selected, y, num_tokens), by_x)
+
+
+def test_the_top_logits_are_the_highest_products(num_tokens: int) -> None:
+    queries, x = draw(Q, E), draw(num_tokens, E)
+    logits, selected = top_logits(queries, x, K)
+    products = queries @ x.t()
+    torch.testing.assert_close(logits, products.gather(1, selected))
+    assert torch.equal(logits.sort(descending=True).values, products.topk(K).values)
+    assert not selected.requires_grad
+
+
+@pytest.mark.parametrize('name', ['gather', 'scatter', 'sample', 'top_logits'])
+def test_first_and_second_derivatives_are_those_of_finite_differences(name: str, num_tokens: int) -> None:
+    selected = select(num_tokens)
+    weights, y, x = draw(Q, K), draw(Q, E), draw(num_tokens, E)
+    functions: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        'gather': (lambda weights, x: gather(weights, selected, x), (weights, x)),
+        'scatter': (lambda weights, y: scatter(weights, selected, y, num_tokens), (weights, y)),
+        'sample': (partial(sample, selected=selected), (y, x)),
+        'top_logits': (lambda y, x: top_logits(y, x, K)[0], (y, x)),
+    }
+    function, inputs = functions[name]
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+def test_no_gradient_is_computed_that_nobody_asks_for(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ('gather', 'scatter', 'sample'):
+        monkeypatch.setattr(selection, name, lambda *_, name=name: called.append(name))
+    logits, _ = top_logits(draw(Q, E).detach(), draw(num_tokens, E), K)
+    logits.sum().backward()
+    assert called == ['scatter']
+
+
+def test_compiled_they_are_dense_and_the_same(num_tokens: int) -> None:
+    weights, x, selected = draw(Q, K), draw(num_tokens, E), select(num_tokens)
+    compiled = torch.compile(gather, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(weights, selected, x), gather(weights, selected, x))

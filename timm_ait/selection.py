@@ -1,0 +1,163 @@
+"""Products with the tokens that a bottleneck has selected, and their gradients.
+
+``selected`` (Q, k) holds, for each of Q queries, the indices of k out of T tokens. What the write computes with them is
+a derivative of one form, linear in each of its three arguments:
+
+    F(weights, y, x) = sum_qi weights[q, i] <y[q], x[selected[q, i]]>     (Q, k), (Q, E), (T, E) -> ()
+
+:func:`gather` is its derivative by ``y``, :func:`scatter` by ``x``, :func:`sample` by ``weights``, and the gradient of
+each is made of the other two. Left to autograd, they would keep and multiply matrices of Q x T.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ['gather', 'sample', 'scatter', 'top_logits']
+
+# What one selected token costs a CPU, in tokens of a dense product over all of them. A GPU multiplies faster than it
+# gathers, and a compiler knows dense products better.
+COST_OF_SUM, COST_OF_PRODUCT = 4, 6
+
+
+def top_logits(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest products of each query with a token, and whose they are, in no order.
+
+    Args:
+        queries: (Q, E).
+        tokens: (T, E), of the same dtype.
+        k: At most T.
+
+    Returns:
+        logits (Q, k), selected (Q, k) in [0, T).
+    """
+    return _TopLogits.apply(queries, tokens, k)
+
+
+def gather(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
+    """Weighted sum of the selected rows of ``x`` for each query: (Q, k), (Q, k), (T, E) -> (Q, E)."""
+    return _Gather.apply(weights, selected, x)
+
+
+def scatter(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Tensor:
+    """For each token, the weighted sum of ``y`` over the queries that selected it: (Q, k), (Q, k), (Q, E) -> (T, E)."""
+    return _Scatter.apply(weights, selected, y, num_tokens)
+
+
+def sample(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
+    """Products of each row of ``y`` with its selected rows of ``x``: (Q, E), (T, E), (Q, k) -> (Q, k)."""
+    return _Sample.apply(y, x, selected)
+
+
+class _TopLogits(Function):
+    @staticmethod
+    def forward(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        logits, selected = (queries @ tokens.t()).topk(k, dim=-1, sorted=False)
+        return logits, selected
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        queries, tokens, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(queries, tokens, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        queries, tokens, selected = ctx.saved_tensors
+        needs_queries, needs_tokens, _ = ctx.needs_input_grad
+        return (
+            gather(grad, selected, tokens) if needs_queries else None,
+            scatter(grad, selected, queries, len(tokens)) if needs_tokens else None,
+            None,
+        )
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
+        if _is_sparse(selected, len(x), COST_OF_SUM):
+            return F.embedding_bag(selected, x, mode='sum', per_sample_weights=weights)
+        return _dense(weights, selected, len(x)) @ x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, selected, x = ctx.saved_tensors
+        needs_weights, _, needs_x = ctx.needs_input_grad
+        return (
+            sample(grad, x, selected) if needs_weights else None,
+            None,
+            scatter(weights, selected, grad, len(x)) if needs_x else None,
+        )
+
+
+class _Scatter(Function):
+    @staticmethod
+    def forward(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Tensor:
+        if not _is_sparse(selected, num_tokens, COST_OF_SUM):
+            return _dense(weights, selected, num_tokens).t() @ y
+        tokens, order = selected.flatten().sort()
+        starts = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
+        queries = order // selected.shape[1]
+        return F.embedding_bag(
+            queries, y, starts, mode='sum', per_sample_weights=weights.flatten().index_select(0, order)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, selected, y = ctx.saved_tensors
+        needs_weights, _, needs_y, _ = ctx.needs_input_grad
+        return (
+            sample(y, grad, selected) if needs_weights else None,
+            None,
+            gather(weights, selected, grad) if needs_y else None,
+            None,
+        )
+
+
+class _Sample(Function):
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
+        if not _is_sparse(selected, len(x), COST_OF_PRODUCT):
+            return (y @ x.t()).gather(1, selected)
+        Q, k = selected.shape
+        starts = torch.arange(0, Q * k, k)
+        queries = torch.arange(Q).repeat_interleave(k)
+        # What PyTorch runs for the gradient of embedding_bag by its weights; there is no public name for it.
+        op = torch.ops.aten._embedding_bag_per_sample_weights_backward
+        return op(y, x, selected.flatten(), starts, queries, 0).view(Q, k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, x, selected = ctx.saved_tensors
+        needs_y, needs_x, _ = ctx.needs_input_grad
+        return (
+            gather(grad, selected, x) if needs_y else None,
+            scatter(grad, selected, y, len(x)) if needs_x else None,
+            None,
+        )
+
+
+def _is_sparse(selected: Tensor, num_tokens: int, cost: int) -> bool:
+    """Whether to touch the selected tokens alone, rather than all in a dense product."""
+    is_eager_cpu = selected.device.type == 'cpu' and not torch.compiler.is_compiling()
+    return is_eager_cpu and cost * selected.shape[1] <= num_tokens
+
+
+def _dense(weights: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
+    """The weights among zeros: (Q, k), (Q, k) -> (Q, T)."""
+    return weights.new_zeros(len(weights), num_tokens).scatter(1, selected, weights)
