@@ -14,9 +14,11 @@ from typing import Any
 import timm
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import timer  # waits for CUDA
 from torch.utils.flop_counter import FlopCounterMode
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -30,11 +32,23 @@ class Side:
     step: Callable[[], object]
     items: int
 
-    def flops(self) -> float:
-        """Matrix work of an item."""
-        with FlopCounterMode(display=False) as counter:
+    def work(self) -> tuple[float, float]:
+        """Matrix work and memory traffic of an item."""
+        with FlopCounterMode(display=False) as counter, Traffic() as traffic:
             self.step()
-        return counter.get_total_flops() / self.items
+        return counter.get_total_flops() / self.items, traffic.bytes / self.items
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that the operations of a step read and write if none is fused with another and no cache helps."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
+        return result
 
 
 Sides = tuple[Callable[[], Side], Callable[[], Side]]  # ours and theirs, not yet built
@@ -50,6 +64,7 @@ class Row:
         goal: For the ratio; None where there is none.
         at_least: The ratio is one of throughputs, to be reached. Else it is one of costs, not to be passed.
         flops: Matrix work of an item, ours and theirs; empty where time is not what is measured.
+        moved: Memory traffic of an item in bytes, likewise.
     """
 
     name: str
@@ -59,10 +74,12 @@ class Row:
     ours: list[float]
     theirs: list[float]
     flops: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
     ratios: list[float] = field(init=False)
     ratio: float = field(init=False)
     quartiles: list[float] = field(init=False)
     floor: float | None = field(init=False)
+    traffic: float | None = field(init=False)
     per_second: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +88,7 @@ class Row:
         self.ratio = median(self.ratios)
         self.quartiles = quantiles(self.ratios, n=4, method='inclusive')[::2] if len(self.ratios) > 1 else []
         self.floor = (self.flops[0] / self.flops[1]) ** power if self.flops else None
+        self.traffic = (self.moved[0] / self.moved[1]) ** power if self.moved else None
         self.per_second = [1 / median(self.ours), 1 / median(self.theirs)] if self.flops else []
 
     def passes(self) -> bool:
@@ -88,20 +106,35 @@ def time_sides(
     goal: float | None = None,
     at_least: bool = False,
 ) -> Row:
-    """Count the matrix work of both sides, then time them turn by turn, at least ``seconds`` a turn."""
+    """Count the work of both sides, then time them turn by turn, at least ``seconds`` a turn."""
+    torch.set_num_threads(threads)
     built = [build() for build in sides]
-    flops = [side.flops() for side in built]
+    work = [side.work() for side in built]
     if compiled:
         torch.compiler.reset()
         for side in built:
             side.model.compile()
-    timers = [Timer('step()', globals={'step': side.step}, num_threads=threads) for side in built]
-    numbers = [max(1, round(seconds / timer.timeit(1).median)) for timer in timers]
+    numbers = [_steps_in(seconds, side) for side in built]
     costs: list[list[float]] = [[], []]
     for _ in range(rounds):
-        for side, timer, number, cost in zip(built, timers, numbers, costs, strict=True):
-            cost.append(timer.timeit(number).median / side.items)
-    return Row(name, 'seconds', goal, at_least, costs[0], costs[1], flops)
+        for side, number, cost in zip(built, numbers, costs, strict=True):
+            cost.append(_time(side, number) / side.items)
+    flops, moved = map(list, zip(*work, strict=True))
+    return Row(name, 'seconds', goal, at_least, costs[0], costs[1], flops, moved)
+
+
+def _steps_in(seconds: float, side: Side) -> int:
+    """How many steps of a side, now warm, fill a turn."""
+    _time(side, 3)
+    return max(1, round(seconds / _time(side, 1)))
+
+
+def _time(side: Side, number: int) -> float:
+    """Seconds of a step, on average."""
+    start = timer()
+    for _ in range(number):
+        side.step()
+    return (timer() - start) / number
 
 
 def compare_bytes(name: str, sides: Sides, measure: Callable[[Side], int], goal: float | None = None) -> Row:
@@ -169,15 +202,15 @@ def _read(path: str) -> str:
 
 
 def table(rows: list[Row], peak_tflops: float | None = None) -> str:
-    """Markdown; the floor is the ratio of the matrix work alone."""
-    lines = ['| | ratio | quartiles | floor | goal | ours | theirs |', '|---|---|---|---|---|---|---|']
+    """Markdown; floor and traffic are the ratios of the matrix work and of the memory traffic alone."""
+    lines = ['| | ratio | quartiles | floor | traffic | goal | ours | theirs |', '|---|---|---|---|---|---|---|---|']
     for row in rows:
         quartiles = ' - '.join(f'{q:.3f}' for q in row.quartiles)
-        floor = f'{row.floor:.3f}' if row.floor else ''
+        limits = ' | '.join(f'{limit:.3f}' if limit else '' for limit in (row.floor, row.traffic))
         goal = f'{"at least" if row.at_least else "at most"} {row.goal:g}' if row.goal else ''
         sides = [_side(row, i, peak_tflops) for i in (0, 1)]
         mark = '' if row.passes() else ' (missed)'
-        lines.append(f'| {row.name} | {row.ratio:.3f}{mark} | {quartiles} | {floor} | {goal} | {" | ".join(sides)} |')
+        lines.append(f'| {row.name} | {row.ratio:.3f}{mark} | {quartiles} | {limits} | {goal} | {" | ".join(sides)} |')
     return '\n'.join(lines)
 
 
@@ -198,6 +231,8 @@ def draw(rows: list[Row], title: str) -> Figure:
         axes.plot(row.ratio, y, 'o', color='tab:blue', label='measured' if y == 0 else None)
         if row.floor:
             axes.plot(row.floor, y, 'x', color='black', label='matrix work alone' if y == 0 else None)
+        if row.traffic:
+            axes.plot(row.traffic, y, '+', color='black', label='memory traffic alone' if y == 0 else None)
         if row.goal:
             axes.plot(row.goal, y, '<>'[row.at_least], color='tab:green', label='goal' if y == 0 else None)
     axes.axvline(1, color='grey', linewidth=0.5)

@@ -3,8 +3,8 @@
     python benchmarks/speed.py --device cuda --peak-tflops 989
     python benchmarks/speed.py --threads 2
 
-A training step is forward, loss, backward and AdamW. Beside each measured ratio stands its floor, the ratio of the
-matrix work. A table, every round's numbers and a picture go to the folder ``--out``.
+A training step is forward, loss, backward and AdamW. Beside each measured ratio stand those of the matrix work, its
+floor, and of the memory traffic. A table, every round's numbers and a picture go to the folder ``--out``.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from measure import (
     table,
     time_sides,
 )
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -47,8 +48,8 @@ LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
     'toy': {size: ('test_ait', {'depth': depth}) for size, depth in zip(SIZES, (1, 2, 4), strict=True)},
 }
 DEFAULTS = {
-    'cpu': {'layouts': ['32'], 'sizes': ['small'], 'batch_sizes': [32], 'tokens': [4096, 16384, 65536, 262144]}
-    | {'dtype': 'float32', 'rounds': 9},
+    'cpu': {'layouts': ['32'], 'sizes': ['small'], 'batch_sizes': [32, 128], 'tokens': [4096, 16384, 65536, 262144]}
+    | {'dtype': 'float32', 'rounds': 11},
     'cuda': {'layouts': ['32', '224'], 'sizes': SIZES, 'batch_sizes': [256], 'tokens': [4096, 16384, 65536, 262144]}
     | {'dtype': 'bfloat16', 'rounds': 15},
 }
@@ -61,6 +62,11 @@ def create(layout: str, size: str, write_grad: bool = True) -> nn.Module:
     """Create an AiT of a layout and size."""
     name, model_args = LAYOUTS[layout][size]
     return timm.create_model(name, write_grad=write_grad, **model_args)
+
+
+def fuse(layout: str, size: str) -> nn.Module:
+    """Create an AiT for evaluation alone, as ``--reparam`` of timm's scripts does."""
+    return reparameterize_model(create(layout, size))
 
 
 def create_vit(layout: str, size: str) -> nn.Module:
@@ -131,8 +137,9 @@ def model_cases(args: Args) -> Iterator[Case]:
         label = f'{LAYOUTS[layout][size][0]}, batch {batch}'
         vit = partial(create_vit, layout, size)
         if 'inference' in args.rows:
-            sides = tuple(partial(inference, build, batch, args) for build in (partial(create, layout, size), vit))
-            yield f'inference, {label}', partial(timed, sides=sides, goal=1.02)
+            for kind, ait in (('inference', partial(create, layout, size)), ('fused', partial(fuse, layout, size))):
+                sides = tuple(partial(inference, build, batch, args) for build in (ait, vit))
+                yield f'{kind}, {label}', partial(timed, sides=sides, goal=1.02)
         for write_grad, goal in ((False, 1.07), (True, 1.10)):
             ait = partial(create, layout, size, write_grad)
             sides = tuple(partial(training, build, batch, args) for build in (ait, vit))

@@ -72,10 +72,18 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_benchmark_writes_every_row_of_the_table(measured: Path) -> None:
     record = json.loads((measured / 'speed-cpu-float32.json').read_text())
     names = [row['name'] for row in record['rows']]
-    for start in ('inference', 'training', 'peak memory', 'throughput', 'cost per token', 'speed in training'):
+    for start in ('inference', 'fused', 'training', 'peak memory', 'throughput', 'cost per token', 'speed in training'):
         assert any(name.startswith(start) for name in names), start
     for row in record['rows']:
-        numbers = [*row['ours'], *row['theirs'], *row['ratios'], row['ratio'], *row['flops'], *row['quartiles']]
+        numbers = [
+            *row['ours'],
+            *row['theirs'],
+            *row['ratios'],
+            row['ratio'],
+            *row['flops'],
+            *row['moved'],
+            *row['quartiles'],
+        ]
         assert all(math.isfinite(x) and x > 0 for x in numbers), row
         assert len(row['ours']) == len(row['theirs']) == (1 if row['unit'] == 'bytes' else 2)
     assert {'cpu', 'torch', 'timm', 'commit', 'arguments'} <= record.keys()
@@ -98,8 +106,9 @@ def test_rounds_alternate_between_the_sides() -> None:
         return Side(nn.Identity(), lambda: (turns.append(name), square @ square), items=1)
 
     row = time_sides('squares', (partial(side, 'a'), partial(side, 'b')), rounds=2, seconds=0.0, threads=1)
-    assert ''.join(turns).endswith('aaabbbaaabbb')  # two steps of each turn warm up
+    assert ''.join(turns).endswith('aaaabbbbabab')  # warm, before they take turns
     assert (row.flops, row.floor, len(row.ratios)) == ([54.0, 54.0], 1.0, 2)
+    assert (row.moved, row.traffic) == ([3 * 36.0, 3 * 36.0], 1.0)  # two factors read, a product written
 
 
 @pytest.mark.parametrize('name', ['test_ait', 'ait_small'])
