@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from timm_ait import demo
+from timm_ait.hopfield import hopfield_retrieval
 
 CHECKOUT = Path(os.environ.get('TIMM_CHECKOUT', ''))
 
@@ -74,8 +74,8 @@ def test_the_attention_shown_is_that_of_the_retrieval() -> None:
     mlp.norm.register_forward_hook(lambda module, args, h: states.append(h))
     with torch.no_grad():
         model(images)
-        attractors = mlp.lift(F.normalize(mlp.memory, dim=-1))
-        read = mlp.retrieve(states[0], mlp.memory).mean(dim=(0, 1))
+        attractors = mlp.attractors(mlp.memory)
+        read = hopfield_retrieval(torch.zeros_like(states[0]), states[0], attractors, mlp.beta).mean(dim=(0, 1))
     torch.testing.assert_close(usage[1] @ attractors, read)
 
 

@@ -110,9 +110,11 @@ def test_validate_repeats_the_accuracy_of_training_at_every_batch_size(bench: Pa
         result = folder / f'{batch_size}.json'
         args = ['--model', 'test_ait', '--num-classes', str(CLASSES), '--data-dir', 'data', '--split', 'test']
         args += ['--checkpoint', str(folder / 'last.pth.tar'), '--device', 'cpu', '--workers', '1', '-b', batch_size]
-        run(bench, '-m', 'timm_ait', 'validate.py', *args, '--results-file', str(result), '--results-format', 'json')
-        found = json.loads(result.read_text())
-        assert (found[0] if isinstance(found, list) else found)['top1'] == printed
+        for fused in ([], ['--reparam']):
+            results = ['--results-file', str(result), '--results-format', 'json']
+            run(bench, '-m', 'timm_ait', 'validate.py', *args, *fused, *results)
+            found = json.loads(result.read_text())
+            assert (found[0] if isinstance(found, list) else found)['top1'] == printed
 
 
 def test_resume_goes_on_where_the_run_stopped(bench: Path) -> None:

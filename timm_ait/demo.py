@@ -14,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -158,7 +157,7 @@ def look_inside(model: Any, loader: Any, device: str) -> tuple[Tensor, Tensor, T
 
 def _record_attention(workspace: Any, seen: list[Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, h: Tensor) -> None:
-        attractors = workspace.lift(F.normalize(workspace.memory, dim=-1))  # (M, D) -> (M, E)
+        attractors = workspace.attractors(workspace.memory)  # (M, D) -> (M, E)
         weights = (workspace.beta * h @ attractors.t()).softmax(dim=-1)  # (B, N, M)
         seen.append(weights.mean(dim=1).cpu())
 
