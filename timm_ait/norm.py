@@ -3,6 +3,7 @@
 A ViT's block has no such norm. Kept, its input and output together would cost 12 % of what such a block keeps.
 """
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -53,13 +54,13 @@ class rebuilt_for_backward(saved_tensors_hooks):  # noqa: N801  a context manage
     """
 
     def __init__(self, x: Tensor, make: Callable[[], Tensor]) -> None:
-        storage, version = x.untyped_storage().data_ptr(), x._version
+        storage, version = weakref.ref(x.untyped_storage()), x._version
         made: list[Tensor] = []
         views = served = 0
 
         def pack(saved: Tensor) -> Any:
             nonlocal views
-            if saved.untyped_storage().data_ptr() != storage or saved._version != version:
+            if saved.untyped_storage() is not storage() or saved._version != version:
                 return saved
             views += 1
             return saved.shape, saved.stride(), saved.storage_offset()
