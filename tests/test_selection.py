@@ -72,6 +72,12 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(name: str,
     assert gradgradcheck(function, inputs)
 
 
+def test_a_gradient_that_is_one_number_expanded_is_taken(num_tokens: int) -> None:
+    weights, x, selected = draw(Q, K), draw(num_tokens, E), select(num_tokens)
+    (by_weights,) = torch.autograd.grad(gather(weights, selected, x).sum(), weights)
+    torch.testing.assert_close(by_weights, x[selected].sum(dim=-1))
+
+
 def test_no_gradient_is_computed_that_nobody_asks_for(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     for name in ('gather', 'scatter', 'sample'):

@@ -67,14 +67,14 @@ def bottleneck(queries: Tensor, h: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     return gates.unflatten(0, (S, M)), selected.unflatten(0, (S, M)), log_mass.unflatten(0, (S, M))
 
 
-def balance_loss(gates: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+def balance_loss(gates: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
     """Squared coefficients of variation of the tokens' importance and load, summed over heads (section 3.2).
 
     ``importance_j = sum_m g_mj`` and ``load_j = #{m : g_mj > 0}``; the load has no gradient.
 
     Args:
-        gates: (S, M, k) attention of each slot over the tokens it chose.
-        tokens: (S, M, k) which tokens these are, in [0, num_tokens).
+        gates: (S, M, k) attention of each slot over the tokens it selected.
+        selected: (S, M, k) which tokens these are, in [0, num_tokens).
         num_tokens: T, tokens in the batch.
 
     Returns:
@@ -84,7 +84,7 @@ def balance_loss(gates: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
         return gates.new_zeros(())
 
     def per_token(share: Tensor) -> Tensor:  # (S, M, k) -> (S, T), never (S, M, T)
-        return share.new_zeros(share.shape[0], num_tokens).scatter_add(1, tokens.flatten(1), share.flatten(1))
+        return share.new_zeros(share.shape[0], num_tokens).scatter_add(1, selected.flatten(1), share.flatten(1))
 
     def cv_squared(x: Tensor) -> Tensor:
         return x.var(dim=-1) / (x.mean(dim=-1).square() + 1e-10)
