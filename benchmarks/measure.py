@@ -223,20 +223,26 @@ def _side(row: Row, side: int, peak_tflops: float | None) -> str:
 
 
 def draw(rows: list[Row], title: str) -> Figure:
-    """Draw each ratio with its quartiles, its floor and its goal."""
-    figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout='constrained')
-    axes = figure.subplots()
+    """Draw each ratio with its quartiles, its limits and its goal: costs above, throughputs below."""
+    kinds = [kind for at_least in (False, True) if (kind := [row for row in rows if row.at_least == at_least])]
+    figure = Figure(figsize=(9, 1.6 + 0.32 * len(rows)), layout='constrained')
+    figure.suptitle(title)
+    heights = [1 + len(kind) for kind in kinds]
+    for axes, kind in zip(figure.subplots(len(kinds), squeeze=False, height_ratios=heights)[:, 0], kinds, strict=True):
+        _draw_rows(axes, kind)
+    figure.axes[0].legend(loc='best', fontsize='small')
+    return figure
+
+
+def _draw_rows(axes: Any, rows: list[Row]) -> None:
+    marks = {'floor': ('x', 'black', 'matrix work alone'), 'traffic': ('+', 'black', 'memory traffic alone')}
+    marks |= {'goal': ('<>'[rows[0].at_least], 'tab:green', 'goal'), 'ratio': ('o', 'tab:blue', 'measured')}
     for y, row in enumerate(rows):
         axes.plot(row.quartiles, [y] * len(row.quartiles), color='tab:blue', linewidth=3, alpha=0.4)
-        axes.plot(row.ratio, y, 'o', color='tab:blue', label='measured' if y == 0 else None)
-        if row.floor:
-            axes.plot(row.floor, y, 'x', color='black', label='matrix work alone' if y == 0 else None)
-        if row.traffic:
-            axes.plot(row.traffic, y, '+', color='black', label='memory traffic alone' if y == 0 else None)
-        if row.goal:
-            axes.plot(row.goal, y, '<>'[row.at_least], color='tab:green', label='goal' if y == 0 else None)
+        for name, (marker, colour, label) in marks.items():
+            if (value := getattr(row, name)) is not None:
+                axes.plot(value, y, marker, color=colour, label=label if y == 0 else None)
     axes.axvline(1, color='grey', linewidth=0.5)
-    axes.set(xscale='log', yticks=range(len(rows)), yticklabels=[row.name for row in rows], title=title, xlabel='ratio')
+    kind = 'throughput, more is better' if rows[0].at_least else 'cost, less is better'
+    axes.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows], xlabel=f'ratio of {kind}')
     axes.invert_yaxis()
-    axes.legend(loc='best', fontsize='small')
-    return figure
