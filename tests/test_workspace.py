@@ -427,6 +427,12 @@ def test_under_autocast_selection_softmax_and_memory_stay_in_float32(dtype: torc
     torch.testing.assert_close(layer.memory, exact.memory, rtol=0, atol=0.02)
 
 
+def test_on_the_meta_device_which_knows_no_autocast_it_gives_shapes() -> None:
+    layer = make_layer(device='meta')
+    for mode in (True, False):
+        assert layer.train(mode)(tokens().to('meta')).shape == (B, N, E)
+
+
 @pytest.mark.parametrize(
     ('dtype', 'kept'),
     [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],

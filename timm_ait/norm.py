@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ['OutputNorm', 'rebuilt_for_backward']
+__all__ = ['OutputNorm', 'rebuilt_for_backward', 'without_autocast']
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it, operations on the device of ``x`` keep their dtypes. The meta device, for one, knows no autocast."""
+    is_known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if is_known else nullcontext()
 
 
 class OutputNorm(nn.LayerNorm):
@@ -24,7 +30,7 @@ class OutputNorm(nn.LayerNorm):
         """Normalise ``f`` (..., E)."""
         if torch.jit.is_scripting():
             return F.layer_norm(f, self.normalized_shape, self.weight, self.bias, self.eps)
-        with torch.autocast(f.device.type, enabled=False):
+        with without_autocast(f):
             return F.layer_norm(f, *self.arguments(f.dtype))
 
     @torch.jit.unused

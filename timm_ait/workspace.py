@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .fused import FusedWorkspace
 from .hopfield import hopfield_retrieval
-from .norm import OutputNorm
+from .norm import OutputNorm, without_autocast
 from .selection import gather, top_logits
 
 __all__ = ['GlobalWorkspace', 'MemoryWrite', 'balance_loss', 'bottleneck', 'squash']
@@ -237,7 +237,7 @@ class GlobalWorkspace(nn.Module):
     @torch.jit.unused
     def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
         """Bottleneck write of the squashed tokens ``h`` (T, E) into ``memory`` (M, D)."""
-        with torch.autocast(h.device.type, enabled=False):  # selection, softmax and EWMA stay in float32
+        with without_autocast(h):  # selection, softmax and EWMA stay in float32
             h = h.to(memory.dtype) if h.device.type == 'cpu' else h
             gates, selected, log_mass = bottleneck(self.fold_queries(memory), h, self.bottleneck)
             loss = gates.new_zeros(())
