@@ -61,13 +61,12 @@ def test_a_workspace_that_writes_in_evaluation_cannot_be_fused() -> None:
         GlobalWorkspace(5, write_mode='always').fuse()
 
 
+@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
 def test_scripted_and_checkpointed_it_gives_the_same_logits() -> None:
     fused = reparameterize_model(timm.create_model('test_ait')).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         logits = fused(images)
-        with pytest.warns(match='deprecated'):
-            scripted = torch.jit.script(fused)
-        torch.testing.assert_close(scripted(images), logits)
+        torch.testing.assert_close(torch.jit.script(fused)(images), logits)
     fused.set_grad_checkpointing()
     torch.testing.assert_close(fused(images), logits)

@@ -18,9 +18,8 @@ __all__ = ['OutputNorm', 'rebuilt_for_backward', 'without_autocast']
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Within it, operations on the device of ``x`` keep their dtypes. The meta device, for one, knows no autocast."""
-    is_known = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if is_known else nullcontext()
+    """Within it, operations on the device of ``x`` keep their dtypes. The meta device knows no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class OutputNorm(nn.LayerNorm):
