@@ -230,15 +230,13 @@ class AssociativeTransformer(VisionTransformer):
             self._check_input(x)
         x = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
         x = self.forward_head(x)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and self.training:
             x = self._finish_step(x)
         return x
 
     @torch.jit.unused
     def _finish_step(self, logits: Tensor) -> Tensor:
         """After the last block: one memory on all ranks, and the balance loss on its way to the gradient."""
-        if not self.training:
-            return logits
         synchronize_memory(self)
         return carry_balance_loss(logits, self.balance_loss()) if self.auto_balance else logits
 

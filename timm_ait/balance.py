@@ -96,7 +96,9 @@ def carry_balance_loss(logits: Tensor, balance: Tensor) -> Tensor:
 
 
 def _is_exporting() -> bool:
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
+    # The flag behind torch.compiler.is_exporting(), which compilers of old (2.9, say) take for true whenever they compile.
+    is_exporting = bool(torch.compiler._is_exporting_flag)
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or is_exporting
 
 
 def _wrap(x: Tensor, balances: tuple[Tensor, ...], untied: Tensor | None) -> CarrierTensor:
