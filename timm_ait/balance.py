@@ -96,7 +96,7 @@ def carry_balance_loss(logits: Tensor, balance: Tensor) -> Tensor:
 
 
 def _is_exporting() -> bool:
-    # The flag behind torch.compiler.is_exporting(), which compilers of old (2.9, say) take for true whenever they compile.
+    # The flag behind torch.compiler.is_exporting(), which older compilers (torch 2.9) take for true in any graph.
     is_exporting = bool(torch.compiler._is_exporting_flag)
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or is_exporting
 
