@@ -2,7 +2,7 @@
 
     python benchmarks/slots.py DIR --model test_ait                        # DIR/<class>/*.jpg, the model's own weights
     python benchmarks/slots.py DIR --model ait_small --checkpoint output/own/model_best.pth.tar
-    python benchmarks/slots.py --writes 100 --model ait_small_patch4_32 # how an untrained memory moves, on noise
+    python benchmarks/slots.py --writes 100 --model ait_small_patch4_32    # how an untrained memory moves, on noise
 
 A retrieval that is the same for every token is a bias, whatever its length: the column to read is *varies*.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
-import timm_ait  # noqa: F401  registers the models
+from timm_ait.hopfield import hopfield_retrieval  # and registers the models
 
 HEADING = '| block | slots, mean cosine | retrieval / state, length | retrieval varies over tokens, % |'
 
@@ -44,7 +44,7 @@ def _keep(kept: list[Tensor]) -> Callable[..., None]:
 def measure(workspace: Any, h: Tensor) -> tuple[float, float, float]:
     """The three numbers of one workspace, for tokens ``h`` (T, E)."""
     attractors = workspace.attractors(workspace.memory)  # (M, D) -> (M, E)
-    r = (workspace.beta * h @ attractors.t()).softmax(dim=-1) @ attractors
+    r = hopfield_retrieval(torch.zeros_like(h), h, attractors, workspace.beta, workspace.retrieval_steps)
     length = r.norm(dim=-1).mean()
     varies = 100 * (r - r.mean(dim=0)).norm(dim=-1).mean() / length
     return mean_cosine(workspace.memory), (length / h.norm(dim=-1).mean()).item(), varies.item()
