@@ -34,9 +34,10 @@ def one_hot(selected: Tensor, num_tokens: int) -> Tensor:
 
 
 def test_both_ways_are_taken() -> None:
-    for cost in (selection.COST_OF_SUM, selection.COST_OF_PRODUCT):
-        assert selection._is_sparse(select(SPARSE), SPARSE, cost)
-        assert not selection._is_sparse(select(DENSE), DENSE, cost)
+    for what in selection.Costs._fields:
+        assert selection._is_sparse(what, select(SPARSE), torch.float64, SPARSE)
+        assert not selection._is_sparse(what, select(DENSE), torch.float64, DENSE)
+        assert selection._is_sparse(what, select(DENSE), torch.float16, DENSE)
 
 
 def test_they_are_the_derivatives_of_one_form(num_tokens: int) -> None:
@@ -55,6 +56,23 @@ def test_the_top_logits_are_the_highest_products(num_tokens: int) -> None:
     torch.testing.assert_close(logits, products.gather(1, selected))
     assert torch.equal(logits.sort(descending=True).values, products.topk(K).values)
     assert not selected.requires_grad
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('num_tokens', [DENSE, 19 * K])
+def test_products_with_narrow_tokens_are_as_wide_as_the_queries(dtype: torch.dtype, num_tokens: int) -> None:
+    queries, x = draw(Q, E, dtype=torch.float32), draw(num_tokens, E, dtype=torch.float32).detach().to(dtype)
+    x.requires_grad_()
+    logits, selected = top_logits(queries, x, K)
+    exact = queries @ x.float().t()
+    assert torch.equal(logits, exact.gather(1, selected))
+    assert torch.equal(logits.sort(descending=True).values, exact.topk(K).values)
+    gradients = torch.autograd.grad(logits.square().sum(), [queries, x])
+    assert [grad.dtype for grad in gradients] == [torch.float32, dtype]
+    for grad, wide in zip(
+        gradients, torch.autograd.grad(exact.topk(K).values.square().sum(), [queries, x]), strict=True
+    ):
+        torch.testing.assert_close(grad.float(), wide.float(), rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize('name', ['gather', 'scatter', 'sample', 'top_logits'])

@@ -9,7 +9,7 @@ a derivative of one form, linear in each of its three arguments:
 each is made of the other two. Left to autograd, they would keep and multiply matrices of Q x T.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,20 @@ from torch.autograd import Function
 
 __all__ = ['gather', 'sample', 'scatter', 'top_logits']
 
-# What one selected token costs a CPU, in tokens of a dense product over all of them. A GPU multiplies faster than it
-# gathers, and a compiler knows dense products better.
-COST_OF_SUM, COST_OF_PRODUCT = 4, 6
+
+class Costs(NamedTuple):
+    """What one selected token costs an eager CPU, in tokens of a dense product over all of them.
+
+    A GPU multiplies faster than it gathers, and a compiler knows dense products better.
+    """
+
+    gather: int
+    scatter: int
+    sample: int
+
+
+COSTS = {torch.float16: Costs(0, 0, 0), torch.bfloat16: Costs(5, 6, 18)}  # CPUs are slow at products in float16
+COSTS_OF_WIDE = Costs(4, 5, 6)
 
 
 def top_logits(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -28,11 +39,12 @@ def top_logits(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]
 
     Args:
         queries: (Q, E).
-        tokens: (T, E), of the same dtype.
+        tokens: (T, E), in the dtype of the queries or a narrower one, in which the gradients are computed then. So are
+            the products on a GPU; a CPU can multiply in the wider one alone to have them in it.
         k: At most T.
 
     Returns:
-        logits (Q, k), selected (Q, k) in [0, T).
+        logits (Q, k) in the dtype of the queries, selected (Q, k) in [0, T).
     """
     return _TopLogits.apply(queries, tokens, k)
 
@@ -55,8 +67,9 @@ def sample(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
 class _TopLogits(Function):
     @staticmethod
     def forward(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        logits, selected = (queries @ tokens.t()).topk(k, dim=-1, sorted=False)
-        return logits, selected
+        dtype = queries.dtype if tokens.device.type == 'cpu' else tokens.dtype
+        logits, selected = (queries.to(dtype) @ tokens.to(dtype).t()).topk(k, dim=-1, sorted=False)
+        return logits.to(queries.dtype), selected
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -68,9 +81,10 @@ class _TopLogits(Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         queries, tokens, selected = ctx.saved_tensors
         needs_queries, needs_tokens, _ = ctx.needs_input_grad
+        narrow = grad.to(tokens.dtype)
         return (
-            gather(grad, selected, tokens) if needs_queries else None,
-            scatter(grad, selected, queries, len(tokens)) if needs_tokens else None,
+            gather(narrow, selected, tokens).to(queries.dtype) if needs_queries else None,
+            scatter(narrow, selected, queries.to(tokens.dtype), len(tokens)) if needs_tokens else None,
             None,
         )
 
@@ -78,7 +92,7 @@ class _TopLogits(Function):
 class _Gather(Function):
     @staticmethod
     def forward(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
-        if _is_sparse(selected, len(x), COST_OF_SUM):
+        if _is_sparse('gather', selected, x.dtype, len(x)):
             return F.embedding_bag(selected, x, mode='sum', per_sample_weights=weights)
         return _dense(weights, selected, len(x)) @ x
 
@@ -100,7 +114,7 @@ class _Gather(Function):
 class _Scatter(Function):
     @staticmethod
     def forward(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Tensor:
-        if not _is_sparse(selected, num_tokens, COST_OF_SUM):
+        if not _is_sparse('scatter', selected, y.dtype, num_tokens):
             return _dense(weights, selected, num_tokens).t() @ y
         tokens, order = selected.flatten().sort()
         starts = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
@@ -128,7 +142,7 @@ class _Scatter(Function):
 class _Sample(Function):
     @staticmethod
     def forward(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
-        if not _is_sparse(selected, len(x), COST_OF_PRODUCT):
+        if not _is_sparse('sample', selected, x.dtype, len(x)):
             return (y @ x.t()).gather(1, selected)
         Q, k = selected.shape
         starts = torch.arange(0, Q * k, k)
@@ -152,12 +166,13 @@ class _Sample(Function):
         )
 
 
-def _is_sparse(selected: Tensor, num_tokens: int, cost: int) -> bool:
+def _is_sparse(what: str, selected: Tensor, dtype: torch.dtype, num_tokens: int) -> bool:
     """Whether to touch the selected tokens alone, rather than all in a dense product."""
     is_eager_cpu = selected.device.type == 'cpu' and not torch.compiler.is_compiling()
+    cost: int = getattr(COSTS.get(dtype, COSTS_OF_WIDE), what)
     return is_eager_cpu and cost * selected.shape[1] <= num_tokens
 
 
 def _dense(weights: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
     """The weights among zeros: (Q, k), (Q, k) -> (Q, T)."""
-    return weights.new_zeros(len(weights), num_tokens).scatter(1, selected, weights)
+    return weights.new_zeros(len(weights), num_tokens).scatter_(1, selected, weights)

@@ -60,8 +60,7 @@ def bottleneck(queries: Tensor, h: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     Returns:
         gates (S, M, k), selected tokens (S, M, k), log of the gates' normaliser (S, M).
     """
-    logits, selected = top_logits(queries.flatten(0, 1).to(h.dtype), h, min(k, len(h)))  # (S, M, E) -> (S*M, E)
-    logits = logits.to(queries.dtype)
+    logits, selected = top_logits(queries.flatten(0, 1), h, min(k, len(h)))  # (S, M, E) -> (S*M, E)
     S, M, _ = queries.shape
     gates, log_mass = logits.softmax(dim=-1), logits.detach().logsumexp(dim=-1)
     return gates.unflatten(0, (S, M)), selected.unflatten(0, (S, M)), log_mass.unflatten(0, (S, M))
@@ -238,7 +237,6 @@ class GlobalWorkspace(nn.Module):
     def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
         """Bottleneck write of the squashed tokens ``h`` (T, E) into ``memory`` (M, D)."""
         with without_autocast(h):  # selection, softmax and EWMA stay in float32
-            h = h.to(memory.dtype) if h.device.type == 'cpu' else h
             gates, selected, log_mass = bottleneck(self.fold_queries(memory), h, self.bottleneck)
             loss = gates.new_zeros(())
             if self.balance_weight > 0:
