@@ -6,16 +6,10 @@ huggingface_hub reads its environment when it is imported, so what it does here 
 import argparse
 import hashlib
 import json
-import logging
 import os
 import re
-import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +17,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from hub_child import Child, blobs, fingerprint, images, load
 from hub_server import LoopbackHub
 from huggingface_hub import ModelCard
 from timm.models import save_for_hf
@@ -63,17 +58,6 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode() + value.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def images(channels: int = 3, size: int = 32) -> Tensor:
-    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(3))
-
-
 @torch.no_grad()
 def logits(model: nn.Module, channels: int = 3, size: int = 32) -> list[Any]:
     return model.eval()(images(channels, size)).tolist()
@@ -82,76 +66,6 @@ def logits(model: nn.Module, channels: int = 3, size: int = 32) -> list[Any]:
 def assert_same_logits(loaded: dict[str, Any], model: nn.Module) -> None:
     """To float rounding: another process may compute with another number of threads."""
     torch.testing.assert_close(torch.tensor(loaded['logits']), torch.tensor(logits(model)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What runs in the child processes
-
-
-def start_child() -> None:
-    torch.set_num_threads(1)
-    logging.basicConfig(filename=os.environ['LOG'], level=logging.WARNING)
-    wait = time.sleep
-    time.sleep = lambda seconds: wait(min(seconds, 0.02))  # the client's pauses between attempts
-
-
-@torch.no_grad()
-def load(name: str, file_limit: int = 0, **kwargs: Any) -> dict[str, Any]:
-    """Create a model with its weights, and say what came."""
-    if file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-    try:
-        model = timm.create_model(name, pretrained=True, **kwargs)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    channels, size = kwargs.get('in_chans', 3), kwargs.get('img_size', 32)
-    out = model.eval()(images(channels, size))
-    return {
-        'fingerprint': fingerprint(model),
-        'logits': [o.tolist() for o in out] if isinstance(out, list) else out.tolist(),
-        'shape': [tuple(o.shape) for o in out] if isinstance(out, list) else tuple(out.shape),
-        'cfg': {key: model.pretrained_cfg.get(key) for key in ('hf_hub_id', 'source', 'file', 'notes')},
-    }
-
-
-class Child:
-    """One process whose Hub client has its own environment."""
-
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.log = folder / 'log.txt'
-        folder.mkdir(exist_ok=True)
-        settings = {'HF_HOME': str(folder), 'HF_HUB_DISABLE_XET': '1', 'LOG': str(self.log), **environment}
-        settings |= {'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
-        self.pool = ProcessPoolExecutor(1, get_context('spawn'), start_child)
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_CACHE'):
-                patch.delenv(name, raising=False)
-            for name, value in settings.items():
-                patch.setenv(name, value)
-            self.pool.submit(time.time).result()
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.pool.submit(function, *args, **kwargs).result(timeout=120)
-
-    def fails(self, name: str, **kwargs: Any) -> str:
-        """The message of the error in which loading ends; it must be one of ours."""
-        with pytest.raises((WeightsError, ValueError)) as caught:
-            self(load, name, **kwargs)
-        return str(caught.value)
-
-
-@pytest.fixture(scope='module')
-def served() -> Iterator[LoopbackHub]:
-    server = LoopbackHub()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope='module')
-def child(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
-    one = Child(tmp_path_factory.mktemp('home'), HF_ENDPOINT=served.url)
-    yield one
-    one.pool.shutdown()
 
 
 @pytest.fixture
@@ -166,12 +80,6 @@ def remote(served: LoopbackHub, tmp_path: Path) -> LoopbackHub:
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / 'cache'
-
-
-def blobs(cache: Path) -> list[Path]:
-    """What a cache keeps of weights: everything but a small config.json, and the parts that older clients resume."""
-    files = [path for path in cache.rglob('*') if path.is_file() and not path.is_symlink()]
-    return [path for path in files if path.stat().st_size > 5000 and path.suffix != '.incomplete']
 
 
 def overlay(remote: LoopbackHub, **changes: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """AiT that starts from the weights of a ViT: timm's repositories on the Hub, played by a small one on loopback."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from hub_child import Child, blobs
 from hub_server import LoopbackHub
-from test_hub import Child, blobs
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -44,20 +43,6 @@ def logits_of(name: str, channels: int = 3, **kwargs: Any) -> Tensor:
     """In the child: the logits that a user of ``name`` gets from its pretrained weights."""
     size = kwargs.get('img_size', 224)
     return timm.create_model(name, pretrained=True, **kwargs).eval()(images(size)[:, :channels]).numpy()
-
-
-@pytest.fixture(scope='module')
-def served() -> Iterator[LoopbackHub]:
-    server = LoopbackHub()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope='module')
-def child(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
-    one = Child(tmp_path_factory.mktemp('home'), HF_ENDPOINT=served.url)
-    yield one
-    one.pool.shutdown()
 
 
 @pytest.fixture
