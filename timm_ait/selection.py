@@ -39,8 +39,8 @@ def top_logits(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]
 
     Args:
         queries: (Q, E).
-        tokens: (T, E), in the dtype of the queries or a narrower one, in which the gradients are computed then. So are
-            the products on a GPU; a CPU can multiply in the wider one alone to have them in it.
+        tokens: (T, E), in the dtype of the queries or a narrower one. Gradients are computed in that of the tokens;
+            products in that of the queries on a CPU, but rounded to that of the tokens on a GPU.
         k: At most T.
 
     Returns:

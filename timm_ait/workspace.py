@@ -236,7 +236,7 @@ class GlobalWorkspace(nn.Module):
     @torch.jit.unused
     def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
         """Bottleneck write of the squashed tokens ``h`` (T, E) into ``memory`` (M, D)."""
-        with without_autocast(h):  # selection, softmax and EWMA stay in float32
+        with without_autocast(h):  # softmax and EWMA stay in float32, selection too but for what `top_logits` says
             gates, selected, log_mass = bottleneck(self.fold_queries(memory), h, self.bottleneck)
             loss = gates.new_zeros(())
             if self.balance_weight > 0:
