@@ -34,10 +34,11 @@ def one_hot(selected: Tensor, num_tokens: int) -> Tensor:
 
 
 def test_both_ways_are_taken() -> None:
-    for what in selection.Costs._fields:
-        assert selection._is_sparse(what, select(SPARSE), torch.float64, SPARSE)
-        assert not selection._is_sparse(what, select(DENSE), torch.float64, DENSE)
-        assert selection._is_sparse(what, select(DENSE), torch.float16, DENSE)
+    for cost in selection.Costs():
+        assert selection._is_sparse(select(SPARSE), SPARSE, cost)
+        assert not selection._is_sparse(select(DENSE), DENSE, cost)
+    for cost in selection.COSTS[torch.float16]:
+        assert selection._is_sparse(select(DENSE), DENSE, cost)
 
 
 def test_they_are_the_derivatives_of_one_form(num_tokens: int) -> None:

@@ -419,6 +419,8 @@ def test_under_autocast_selection_softmax_and_memory_stay_in_float32(dtype: torc
         for name in ('topk', 'logsumexp', 'scatter_add', 'lerp')
     }
     assert set(dtypes) == {name for name, seen in dtypes.items() if seen == {torch.float32}}, dtypes
+    gates = {d for name, shape, d in recorder.outputs if name == '_softmax' and shape[-1] == K}
+    assert gates == {layer.last_write.message.dtype} == {torch.float32}
     assert dtype in {d for _, _, d in recorder.outputs}  # autocast did work elsewhere
     assert layer.memory.dtype == loss.dtype == torch.float32
     assert layer.memory.isfinite().all()

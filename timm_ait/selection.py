@@ -25,13 +25,12 @@ class Costs(NamedTuple):
     A GPU multiplies faster than it gathers, and a compiler knows dense products better.
     """
 
-    gather: int
-    scatter: int
-    sample: int
+    gather: int = 4
+    scatter: int = 5
+    sample: int = 6
 
 
 COSTS = {torch.float16: Costs(0, 0, 0), torch.bfloat16: Costs(5, 6, 18)}  # CPUs are slow at products in float16
-COSTS_OF_WIDE = Costs(4, 5, 6)
 
 
 def top_logits(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +91,7 @@ class _TopLogits(Function):
 class _Gather(Function):
     @staticmethod
     def forward(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
-        if _is_sparse('gather', selected, x.dtype, len(x)):
+        if _is_sparse(selected, len(x), _costs(x).gather):
             return F.embedding_bag(selected, x, mode='sum', per_sample_weights=weights)
         return _dense(weights, selected, len(x)) @ x
 
@@ -114,7 +113,7 @@ class _Gather(Function):
 class _Scatter(Function):
     @staticmethod
     def forward(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Tensor:
-        if not _is_sparse('scatter', selected, y.dtype, num_tokens):
+        if not _is_sparse(selected, num_tokens, _costs(y).scatter):
             return _dense(weights, selected, num_tokens).t() @ y
         tokens, order = selected.flatten().sort()
         starts = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
@@ -142,7 +141,7 @@ class _Scatter(Function):
 class _Sample(Function):
     @staticmethod
     def forward(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
-        if not _is_sparse('sample', selected, x.dtype, len(x)):
+        if not _is_sparse(selected, len(x), _costs(x).sample):
             return (y @ x.t()).gather(1, selected)
         Q, k = selected.shape
         starts = torch.arange(0, Q * k, k)
@@ -166,10 +165,13 @@ class _Sample(Function):
         )
 
 
-def _is_sparse(what: str, selected: Tensor, dtype: torch.dtype, num_tokens: int) -> bool:
+def _costs(x: Tensor) -> Costs:
+    return COSTS.get(x.dtype, Costs())
+
+
+def _is_sparse(selected: Tensor, num_tokens: int, cost: int) -> bool:
     """Whether to touch the selected tokens alone, rather than all in a dense product."""
     is_eager_cpu = selected.device.type == 'cpu' and not torch.compiler.is_compiling()
-    cost: int = getattr(COSTS.get(dtype, COSTS_OF_WIDE), what)
     return is_eager_cpu and cost * selected.shape[1] <= num_tokens
 
 
