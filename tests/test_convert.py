@@ -69,7 +69,7 @@ def as_authors(model: AssociativeTransformer) -> StateDict:
             take(f'{theirs_at}.1.norm.{leaf}', f'{own_at}.norm2.{leaf}')
             take(f'{theirs_at}.1.fn.fc1.{leaf}', f'{own_at}.mlp.fc1.{leaf}')
             take(f'{theirs_at}.1.fn.fc2.{leaf}', f'{own_at}.mlp.fc2.{leaf}')
-            take(f'{theirs_at}.1.fn.fc3.{leaf}', f'{own_at}.mlp.lift.{leaf}')
+            take(f'{theirs_at}.1.fn.fc3.{leaf}', f'{own_at}.mlp.linear_transform.{leaf}')
             take(f'{theirs_at}.1.fn.norm.{leaf}', f'{own_at}.mlp.norm.{leaf}')
             take(f'{theirs_at}.1.fn.memoryupdate.mha.layer_norm.{leaf}', f'{own_at}.mlp.write_norm.{leaf}')
         for theirs_leaf, leaf in (('w_qs', 'query'), ('w_ks', 'key'), ('w_vs', 'value')):
@@ -213,7 +213,7 @@ def test_a_vit_gives_all_that_it_has_and_the_workspace_keeps_its_own(name: str) 
     for key, value in filtered.items():
         assert torch.equal(value, given.get(key, own[key])), key
     assert {key.split('.')[3] for key in filtered.keys() - given.keys()} == {
-        'norm', 'query', 'key', 'value', 'proj', 'write_norm', 'memory', 'lift',
+        'norm', 'query', 'key', 'value', 'proj', 'write_norm', 'memory', 'linear_transform',
     }  # fmt: skip
 
 

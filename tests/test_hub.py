@@ -444,18 +444,18 @@ def without(content: bytes, key: str) -> bytes:
 
 @pytest.mark.parametrize('classes', [11, 7])
 def test_a_missing_key_is_an_error_whether_or_not_the_head_changes(classes: int, tmp_path: Path) -> None:
-    folder = broken_folder(tmp_path, weights=lambda w: without(w, 'blocks.1.mlp.lift.bias'))
+    folder = broken_folder(tmp_path, weights=lambda w: without(w, 'blocks.1.mlp.linear_transform.bias'))
     assert (
-        'model.safetensors: the checkpoint does not fit the model: unknown keys none, missing keys blocks.1.mlp.lift'
+        'model.safetensors: the checkpoint does not fit the model: unknown keys none, missing keys blocks.1.mlp.linear_transform'
         in (load_folder(folder, num_classes=classes))
     )
 
 
 def test_a_value_that_is_not_finite_names_its_key(tmp_path: Path) -> None:
     model = make_model()
-    nn.init.constant_(model.blocks[1].mlp.lift.bias, float('nan'))
+    nn.init.constant_(model.blocks[1].mlp.linear_transform.bias, float('nan'))
     save(model, tmp_path)
-    assert 'model.safetensors: NaN or infinite values in blocks.1.mlp.lift.bias' in load_folder(tmp_path)
+    assert 'model.safetensors: NaN or infinite values in blocks.1.mlp.linear_transform.bias' in load_folder(tmp_path)
 
 
 def test_a_pickle_under_the_name_of_safetensors_is_not_opened(tmp_path: Path) -> None:

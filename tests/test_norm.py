@@ -82,7 +82,7 @@ def test_what_a_hook_puts_in_its_place_is_not_taken_for_it() -> None:
 
     def gradient(hook: Any) -> Tensor:
         handle, before = layer.norm.register_forward_hook(hook), layer.memory.clone()
-        (grad,) = torch.autograd.grad((layer(x) ** 2).sum(), layer.lift.weight)
+        (grad,) = torch.autograd.grad((layer(x) ** 2).sum(), layer.linear_transform.weight)
         handle.remove()
         layer.memory.copy_(before)
         return grad

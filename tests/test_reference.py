@@ -31,7 +31,7 @@ class QuestionTransformer(AssociativeTransformer):
             nn.LayerNorm(18), nn.Linear(18, self.embed_dim), nn.LayerNorm(self.embed_dim)
         )
         self.num_prefix_tokens = 1
-        self._tie_to_tokens(norm=True)
+        self._flatten_tokens(norm=True)
 
     def forward(self, x: Tensor, question: Tensor) -> Tensor:
         self.question = self.question_embed(question).unsqueeze(1)  # (B, 18) -> (B, 1, E)

@@ -17,8 +17,8 @@ import slots
 def test_orthogonal_slots_tell_tokens_apart_and_equal_ones_do_not() -> None:
     layer = GlobalWorkspace(2, num_slots=2, slot_dim=2)
     with torch.no_grad():
-        layer.lift.weight.copy_(40 * torch.eye(2))  # attractors 40 gamma, each token reads one of them
-        layer.lift.bias.zero_()
+        layer.linear_transform.weight.copy_(40 * torch.eye(2))  # attractors 40 gamma, each token reads one of them
+        layer.linear_transform.bias.zero_()
         layer.memory.copy_(torch.eye(2))
         h = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         apart = slots.measure(layer, h)

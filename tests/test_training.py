@@ -135,7 +135,7 @@ def test_averaged_weights_read_a_memory_of_unit_rows() -> None:
         ema.update(model)
     stored = ema.module.blocks[1].mlp.memory
     read = []
-    ema.module.blocks[1].mlp.lift.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    ema.module.blocks[1].mlp.linear_transform.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     ema.module(batch(9)[0])
     assert not torch.allclose(stored.norm(dim=-1), torch.ones(len(stored)), atol=1e-3)
     torch.testing.assert_close(read[0], F.normalize(stored, dim=-1))
@@ -200,8 +200,8 @@ def test_layer_decay_gives_every_block_its_own_rate() -> None:
     rates = [group_of[id(names[f'blocks.{i}.mlp.key.weight'])]['lr_scale'] for i in range(3)]
     assert rates[0] < rates[1] < rates[2] < group_of[id(names['head.weight'])]['lr_scale'] == 1.0
     assert group_of[id(names['pos_embed'])]['weight_decay'] == 0.0
-    assert group_of[id(names['blocks.0.mlp.lift.bias'])]['weight_decay'] == 0.0
-    assert group_of[id(names['blocks.0.mlp.lift.weight'])]['weight_decay'] == 0.1
+    assert group_of[id(names['blocks.0.mlp.linear_transform.bias'])]['weight_decay'] == 0.0
+    assert group_of[id(names['blocks.0.mlp.linear_transform.weight'])]['weight_decay'] == 0.1
 
 
 SWITCHES: dict[str, Callable[[], nn.Module]] = {

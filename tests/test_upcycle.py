@@ -156,7 +156,7 @@ def test_fine_tuning_starts_at_the_vit_and_grows_the_workspace(tmp_path: Path) -
     moved: list[bool] = []
     for _ in range(2):
         nn.functional.cross_entropy(model(images()), torch.tensor([0, 3, 6])).backward()
-        moved.append(any(block.mlp.lift.weight.grad.any().item() for block in model.blocks))
+        moved.append(any(block.mlp.linear_transform.weight.grad.any().item() for block in model.blocks))
         optimizer.step()
         optimizer.zero_grad()
     assert all(scale.any() for scale in scales)

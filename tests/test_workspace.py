@@ -133,8 +133,8 @@ def test_retrieval_adds_the_softmax_of_attractors_step_by_step(steps: int, expec
 def test_slots_count_as_unit_rows_and_the_linear_transform_adds_its_bias() -> None:
     layer = GlobalWorkspace(2, num_slots=2, slot_dim=1)
     with torch.no_grad():
-        layer.lift.weight.copy_(torch.tensor([[2.0], [3.0]]))
-        layer.lift.bias.copy_(torch.tensor([0.5, 0.25]))
+        layer.linear_transform.weight.copy_(torch.tensor([[2.0], [3.0]]))
+        layer.linear_transform.bias.copy_(torch.tensor([0.5, 0.25]))
     attractors = layer.attractors(torch.tensor([[5.0], [-0.1]]))
     torch.testing.assert_close(attractors, torch.tensor([[2.5, 3.25], [-1.5, -2.75]]))
 
@@ -205,7 +205,7 @@ def reference(layer: GlobalWorkspace, x: Tensor) -> tuple[Tensor, Tensor, Tensor
     update = layer.write_norm(torch.cat(heads, dim=1) @ layer.proj.weight.t() + gamma)
     new = layer.memory_decay * gamma + (1 - layer.memory_decay) * update
     new = new / new.norm(dim=1, keepdim=True)
-    attractors = layer.lift(new)
+    attractors = layer.linear_transform(new)
     r = h
     for _ in range(layer.retrieval_steps):
         r = (layer.beta * r @ attractors.t()).softmax(-1) @ attractors

@@ -1,9 +1,9 @@
 """Associative Transformers for timm. Importing this package registers the models."""
 
-from .ait import AssociativeBlock, AssociativeTransformer, NormalizedPatchEmbed
+from . import ait  # noqa: F401  registers the models
 from .convert import checkpoint_filter_fn
-from .distributed import synchronize_memory
-from .hopfield import hopfield_energy
+from .hopfield import HopfieldRetrieval, hopfield_energy
+from .transformer import AssociativeBlock, AssociativeTransformer, NormalizedPatchEmbed
 from .workspace import GlobalWorkspace
 
 __version__ = '0.1.0'
@@ -12,8 +12,8 @@ __all__ = [
     'AssociativeBlock',
     'AssociativeTransformer',
     'GlobalWorkspace',
+    'HopfieldRetrieval',
     'NormalizedPatchEmbed',
     'checkpoint_filter_fn',
     'hopfield_energy',
-    'synchronize_memory',
 ]

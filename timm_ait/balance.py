@@ -1,178 +1,283 @@
-"""How the balance loss reaches the gradient through a training loop that does not know of it.
+"""How the balance loss reaches the gradient, although the training loop does not know of it.
 
-A loop computes ``loss = criterion(model(x), target)``, scales it, and calls ``backward``. What must come out are the
-gradients of ``criterion(...) + balance_loss``, scaled alike. So the model returns its logits as a tensor that *carries*
-the balance loss, and every scalar computed from them is *tied* to it: its value stays what it is, its gradient reaches
-the balance loss with weight one.
+A loop computes ``loss = criterion(model(x), target)``, multiplies it by some ``scale`` and calls ``backward``. What must
+come out are the gradients of ``scale * (criterion(...) + balance_loss)``. The scale counts: train.py divides by its
+accumulation steps, and a float16 gradient scaler multiplies by 65,536. A balance loss that ignored them would weigh n
+times too much, or 1/65,536 of what it should.
 
-- What is computed from several scalars of one forward (cross entropy + z-loss, a weighted sum with a distillation loss)
-  is tied anew, with weight one: the balance loss counts once for the sum.
-- What only rescales one scalar (a division by accumulation steps, the factor of a gradient scaler) rescales the tie.
-- Scalars that are merely logged are tied too, but nobody calls backward on them.
+1. Each layer attaches its balance loss to its memory (:func:`attach`). A backward pass that goes through the layer then
+   adds the gradient of the balance loss, times the scale of this pass. So it does not matter which output is used.
+2. The outputs of a model are :class:`TrackedTensor`. They compute what tensors compute, once, and follow the operations
+   up to a loss: a tensor of one element. A hook on each loss tells the scale when a backward pass starts (:class:`Loss`
+   says how it is found). Where nothing was followed, the scale is 1.
+
+NOTE Hooks, and not another term in the loss, because an operation can then be run as it is, with all its side effects.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Function, Variable
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ['CarrierTensor', 'carry_balance_loss']
+from .scale import Forward, Loss, Track, follow
 
-# Linear in the scalar with a positive slope: its tie goes along, rescaled.
-RESCALING = frozenset(
-    'mul __mul__ __rmul__ multiply div __truediv__ true_divide divide add __add__ __radd__ sub __sub__ '
-    'mul_ __imul__ div_ __itruediv__ add_ __iadd__ sub_ __isub__ '
-    'to float double half bfloat16 cpu cuda clone contiguous mean sum squeeze unsqueeze view reshape flatten'.split()
+__all__ = ['TrackedTensor', 'attach', 'hand_out', 'is_backward_running', 'plain', 'track']
+
+# These concern the graph or the object, not the value: they see the tensor itself.
+OF_THE_OBJECT = frozenset(
+    '__set__ __delete__ backward grad register_hook retain_grad requires_grad_ '
+    'register_post_accumulate_grad_hook'.split()
 )
-# These concern the graph, not the value: they see the tied tensor.
-AUTOGRAD = frozenset('backward grad register_hook retain_grad __set__ __delete__'.split())
 
 
-class _Tie(torch.autograd.Function):
-    """A copy of ``x`` whose gradient also reaches ``balance``, times ``weight``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, balance: Tensor, weight: float) -> Tensor:
-        ctx.weight, ctx.like = weight, (balance.device, balance.dtype)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        device, dtype = ctx.like
-        if ctx.weight == 0:  # a zero, not None: DistributedDataParallel must see every parameter's gradient
-            return grad, torch.zeros((), device=device, dtype=dtype), None
-        return grad, (ctx.weight * grad).to(device=device, dtype=dtype), None
-
-
-class CarrierTensor(Tensor):
-    """Logits, or something computed from them, on their way to a loss.
+class _Pass(NamedTuple):
+    """What is known of a running backward pass.
 
     Attributes:
-        balances: The balance losses it carries, one for each forward behind it.
-        untied: The same value without their gradient; None where there is none to leave out (not a scalar).
+        scale: Factor of the balance loss.
+        loss: Where it was found; None where balance_loss() itself is in the loss.
     """
 
-    balances: tuple[Tensor, ...]
-    untied: Tensor | None
+    scale: float | Tensor
+    loss: Loss | None
+
+
+# Backward passes that run now, by the number of their graph task, the innermost last (checkpointing starts inner ones).
+_passes: dict[int, _Pass] = {}
+_pending: list[str] = []
+
+
+def is_backward_running() -> bool:
+    """Whether a backward pass runs now: a forward inside it is one that gradient checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _begin(new: _Pass) -> None:
+    """Note the scale of the running backward pass, until it ends."""
+    task = torch._C._current_graph_task_id()
+    if task not in _passes:
+        Variable._execution_engine.queue_callback(lambda: _passes.pop(task, None))
+    _passes[task] = new
+
+
+def attach(memory: Tensor, balance_loss: Tensor) -> Tensor:
+    """Return ``memory`` such that a backward pass through it adds the gradient of the balance loss.
+
+    Args:
+        memory: (M, D) or (B, M, D), what the retrieval reads.
+        balance_loss: (), differentiable. It lives as long as the graph of the result.
+    """
+    return _Attach.apply(memory, balance_loss)
+
+
+class _Attach(Function):
+    @staticmethod
+    def forward(memory: Tensor, balance_loss: Tensor) -> Tensor:
+        return memory.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, balance_loss = inputs
+        ctx.like = (balance_loss.device, balance_loss.dtype)
+        ctx.state = None if torch.compiler.is_compiling() else _State(balance_loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        device, dtype = ctx.like
+        if ctx.state is None:
+            return grad, torch.ops.timm_ait.balance_scale(grad).to(device=device, dtype=dtype)
+        # Zero where it must not count, but never None: DistributedDataParallel waits for every parameter's gradient.
+        return grad, torch.as_tensor(ctx.state.scale(), device=device, dtype=dtype)
+
+
+class _State:
+    """Of one forward of one layer: the balance loss, and whether a pass without known loss has counted it."""
+
+    def __init__(self, balance_loss: Tensor) -> None:
+        self.balance_loss = balance_loss
+        self.is_counted = False
+        self.is_half = torch.is_autocast_enabled(balance_loss.device.type) and (
+            torch.get_autocast_dtype(balance_loss.device.type) == torch.float16
+        )
+
+    def scale(self) -> float | Tensor:
+        """Factor of the balance loss in the running backward pass."""
+        if not _asks_for_parameters(self.balance_loss):
+            return 0.0
+        running = next(reversed(_passes.values()), None)
+        if running is not None:
+            if running.loss is not None:
+                running.loss.count()
+            return running.scale
+        if self.is_half:
+            _pending.append(UNKNOWN_SCALE)
+        if self.is_counted:
+            _pending.append(COUNTED_ONCE)
+            return 0.0
+        self.is_counted = True
+        return 1.0
+
+
+UNKNOWN_SCALE = (
+    'timm_ait could not follow how the last loss was computed from the outputs of the model, and took 1 for the scale of '
+    'its balance loss. Under float16 the loss is usually multiplied by a gradient scaler. Set model.auto_balance = False '
+    'and add model.balance_loss() to the loss before it is scaled'
+)
+COUNTED_ONCE = (
+    'Two backward passes went through one forward of the model, and timm_ait could not follow how their losses were '
+    'computed. It added the balance loss in the first pass alone. To choose yourself, set model.auto_balance = False and '
+    'add model.balance_loss() to one loss'
+)
+
+
+def _warn_of_last_pass() -> None:
+    """Warn of what a backward pass could not tell, now that it is over."""
+    while _pending:
+        warnings.warn(_pending.pop(), stacklevel=4)
+
+
+@torch.library.custom_op('timm_ait::balance_scale', mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _balance_scale(like: Tensor) -> Tensor:
+    """The scale of the running backward pass, for compiled graphs: () in float32 on the device of ``like``."""
+    running = next(reversed(_passes.values()), _Pass(1.0, None))
+    if running.loss is not None:
+        running.loss.count()
+    return torch.as_tensor(running.scale).detach().to(device=like.device, dtype=torch.float32, copy=True)
+
+
+@_balance_scale.register_fake
+def _(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.float32)
+
+
+def _asks_for_parameters(x: Tensor) -> bool:
+    """Whether the running backward pass computes the gradient of any parameter behind ``x``.
+
+    ``torch.autograd.grad(loss, images)`` does not. What it returns is then the gradient of the loss alone.
+    """
+    parameters = 0
+    for node in _leaves(x):
+        if isinstance(node.variable, nn.Parameter):
+            parameters += 1
+            if _is_computed(node):
+                return True
+    return not parameters
+
+
+def _leaves(x: Tensor) -> Iterator[Any]:
+    """The nodes of all leaves behind ``x``, the nearest first."""
+    nodes, seen = [x.grad_fn], set()
+    for node in nodes:
+        for following, _ in () if node is None else node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+        if hasattr(node, 'variable'):
+            yield node
+
+
+def _is_computed(leaf: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # PyTorch refuses to answer for a leaf that torch.autograd.grad was asked for
+        return True
+
+
+def hand_out(balance_loss: Tensor) -> Tensor:
+    """The balance loss for whoever adds it to a loss himself: then no backward pass through it adds it once more."""
+    handed = balance_loss.view_as(balance_loss)
+    if handed.requires_grad:
+        handed.register_hook(lambda grad: _begin(_Pass(0.0, None)))
+    return handed
+
+
+class TrackedTensor(Tensor):
+    """An output of a model, or something computed from outputs, on its way to a loss.
+
+    Attributes:
+        track: What is known of it. The outputs of a compiled model have none until something is computed from them.
+    """
+
+    _track: Track
+
+    @property
+    def track(self) -> Track:
+        with torch._C.DisableTorchFunctionSubclass():
+            if '_track' not in vars(self):
+                self._track = Track(frozenset({Forward()}))
+            return self._track
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func.__name__
-        carriers = list(_carriers((args, kwargs)))
-        balances = _unique(carriers)
+        if torch.compiler.is_compiling():
+            return super().__torch_function__(func, (TrackedTensor,), args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            if name in AUTOGRAD:
+            name = func.__name__
+            if name in OF_THE_OBJECT:
                 return func(*args, **kwargs)
-            if name == '__get__':  # of an attribute: `data` and `shape` alike
-                return _carry(func(*args), balances)
-            result = func(*_plain(args), **_plain(kwargs))
-            if _keeps_ties(name, carriers, args):
-                tied = func(*[_plain(x) if _shares(x, carriers[0]) else x for x in args], **kwargs)
-                return _wrap(tied, balances, result) if tied.ndim == 0 and tied.requires_grad else tied
-            return _carry(result, balances, always=func is Tensor.clone)  # DDP clones logits without gradients
+            is_in_place = name.startswith('__i') or (name.endswith('_') and not name.endswith('__'))
+            is_itself = is_in_place or name == '__get__'  # an attribute, such as `T` or `grad`
+            target, others = (args[:1], args[1:]) if is_itself else ((), args)
+            result = func(*target, *plain(others), **plain(kwargs))
+            tracked = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TrackedTensor)]
+
+            def wrap(x: Any) -> Any:
+                if not isinstance(x, Tensor) or not (x.requires_grad or func is Tensor.clone):  # DDP clones outputs
+                    return x
+                return _tracked(x, follow(name, args, kwargs, tracked, x))
+
+            return tree_map(wrap, result)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        return plain(self).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return _plain(self).__deepcopy__(memo)
+        return plain(self).__deepcopy__(memo)
 
 
-def carry_balance_loss(logits: Tensor, balance: Tensor) -> Tensor:
-    """Return ``logits`` so that a loss computed from them has the gradient of the loss plus ``balance``.
+def track(outputs: Any) -> Any:
+    """The outputs of a training forward such that a loss computed from them tells the scale of the training loop.
 
     Args:
-        logits: Any shape. What is not a plain tensor that requires a gradient (a traced proxy, say) comes back as is.
-        balance: (), differentiable.
+        outputs: A tensor of any shape, or a tuple, list or dict of such tensors. What is no plain tensor that requires a
+            gradient, a traced proxy for example, stays as it is.
     """
-    if type(logits) is not Tensor or not balance.requires_grad or not torch.is_grad_enabled() or _is_exporting():
-        return logits
-    # A tie of weight zero: DistributedDataParallel looks for the parameters in use from the logits.
-    return _wrap(_Tie.apply(logits, balance, 0.0), (balance,), None)
+    if torch.compiler.is_compiling():
+        return tree_map(lambda x: x.as_subclass(TrackedTensor) if type(x) is Tensor else x, outputs)
+    _warn_of_last_pass()
+    start = Track(frozenset({Forward()}))
+    return tree_map(lambda x: _tracked(x, start) if type(x) is Tensor and x.requires_grad else x, outputs)
 
 
-def _is_exporting() -> bool:
-    # The flag behind torch.compiler.is_exporting(), which older compilers (torch 2.9) take for true in any graph.
-    is_exporting = bool(torch.compiler._is_exporting_flag)
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or is_exporting
+def plain(tree: Any) -> Any:
+    """The same tensors, tracked no longer. A compiler cannot do that, and need not: it removes the tracking itself."""
+    if torch.compiler.is_compiling():
+        return tree
+
+    def unwrap(x: Any) -> Any:
+        return x.as_subclass(Tensor) if isinstance(x, TrackedTensor) else x
+
+    with torch._C.DisableTorchFunctionSubclass():
+        return tree_map(unwrap, tree)
 
 
-def _wrap(x: Tensor, balances: tuple[Tensor, ...], untied: Tensor | None) -> CarrierTensor:
-    carrier = x if isinstance(x, CarrierTensor) else x.as_subclass(CarrierTensor)
-    carrier.balances, carrier.untied = balances, untied
-    return carrier
+def _tracked(x: Tensor, known: Track) -> TrackedTensor:
+    if known.loss is not None and x.requires_grad and x.numel() == 1:
+        x.register_hook(partial(_report, known.loss))
+    tensor = x if isinstance(x, TrackedTensor) else x.as_subclass(TrackedTensor)
+    tensor._track = known
+    return tensor
 
 
-def _carry(result: Any, balances: tuple[Tensor, ...], always: bool = False) -> Any:
-    """Tie the scalars among the results of an operation, and let the other tensors go on carrying."""
-    if isinstance(result, (tuple, list)):
-        return _rebuild(result, [_carry(x, balances) for x in result])
-    if not isinstance(result, Tensor) or not (result.requires_grad or always):
-        return result
-    if result.ndim > 0 or not result.requires_grad:
-        return _wrap(result, balances, None)
-    tied = result
-    for balance in balances:
-        tied = _Tie.apply(tied, balance, 1.0)
-    return _wrap(tied, balances, result)
-
-
-def _keeps_ties(name: str, carriers: list[CarrierTensor], args: tuple[Any, ...]) -> bool:
-    """Whether the result has the ties of its operands, rather than a new one of weight one."""
-    if any(carrier.untied is None for carrier in carriers):
-        return False
-    if len(carriers) > 1:  # losses of several forwards, or an update in place, which cannot be tied anew
-        in_place = name.startswith('__i') or (name.endswith('_') and not name.endswith('__'))
-        return in_place or len(_unique(carriers)) == sum(len(carrier.balances) for carrier in carriers)
-    operands = [x for x in args if x is not carriers[0]]
-    if 'sub' in name and args[0] is not carriers[0]:  # constant - loss
-        return False
-    is_negative = bool(operands) and isinstance(operands[0], (int, float)) and operands[0] < 0
-    return name in RESCALING and not (is_negative and ('mul' in name or 'div' in name))
-
-
-def _shares(x: Any, carrier: CarrierTensor) -> bool:
-    """Whether ``x`` is another carrier of one of the carrier's balance losses."""
-    return (
-        isinstance(x, CarrierTensor)
-        and x is not carrier
-        and len(_unique([x, carrier])) < len(x.balances) + len(carrier.balances)
-    )
-
-
-def _unique(carriers: list[CarrierTensor]) -> tuple[Tensor, ...]:
-    """Each balance loss that the carriers carry, once."""
-    return tuple({id(balance): balance for carrier in carriers for balance in carrier.balances}.values())
-
-
-def _carriers(tree: Any) -> Iterator[CarrierTensor]:
-    if isinstance(tree, CarrierTensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for x in tree:
-            yield from _carriers(x)
-    elif isinstance(tree, dict):
-        yield from _carriers(tuple(tree.values()))
-
-
-def _plain(tree: Any) -> Any:
-    """The plain tensors in the place of carriers, without ties."""
-    if isinstance(tree, CarrierTensor):
-        with torch._C.DisableTorchFunctionSubclass():
-            return tree.as_subclass(Tensor) if tree.untied is None else tree.untied
-    if isinstance(tree, (tuple, list)):
-        return _rebuild(tree, [_plain(x) for x in tree])
-    if isinstance(tree, dict):
-        return {key: _plain(x) for key, x in tree.items()}
-    return tree
-
-
-def _rebuild(like: Any, items: list[Any]) -> Any:
-    """A sequence of the type of ``like``: a list, a tuple, a named tuple or one of torch's named results."""
-    if type(like) in (tuple, list):
-        return type(like)(items)
-    return type(like)(*items) if hasattr(like, '_fields') else type(like)(items)
+def _report(loss: Loss, grad: Tensor) -> None:
+    """Tell the scale of the running backward pass, unless a loss that stands nearer to its start has done so."""
+    if torch._C._current_graph_task_id() not in _passes:
+        _begin(_Pass(loss.scale(grad), loss))

@@ -17,7 +17,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .ait import AssociativeTransformer
+    from .transformer import AssociativeTransformer
 
 __all__ = [
     'Checkpoint',
@@ -50,7 +50,7 @@ AUTHORS_BLOCK_KEYS = {
     '1.norm': 'norm2',
     '1.fn.fc1': 'mlp.fc1',
     '1.fn.fc2': 'mlp.fc2',
-    '1.fn.fc3': 'mlp.lift',
+    '1.fn.fc3': 'mlp.linear_transform',
     '1.fn.norm': 'mlp.norm',
     '1.fn.memoryupdate.mha.w_qs': 'mlp.query',
     '1.fn.memoryupdate.mha.w_ks': 'mlp.key',
@@ -64,7 +64,7 @@ AUTHORS_UNUSED = re.compile(
 )
 # What a workspace has and a ViT has not: keeps the model's own values.
 WORKSPACE_KEYS = re.compile(
-    r'blocks\.\d+\.mlp\.((norm|write_norm|lift)\.(weight|bias)|(query|key|value|proj)\.weight|memory|scale)'
+    r'blocks\.\d+\.mlp\.((norm|write_norm|linear_transform)\.(weight|bias)|(query|key|value|proj)\.weight|memory|scale)'
 )
 
 

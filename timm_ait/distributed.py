@@ -2,41 +2,45 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from .workspace import GlobalWorkspace, MemoryWrite
+__all__ = ['is_distributed', 'merge_heads', 'merge_ranks', 'sum_over_ranks']
 
-__all__ = ['synchronize_memory']
+
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()
-def synchronize_memory(model: nn.Module) -> None:
-    """Replace the writes that each rank has made in its last forward by one write of all ranks' tokens.
+def merge_ranks(heads: Tensor, lse: Tensor) -> Tensor:
+    """What the heads have read from the tokens of all ranks, by one collective of S*M*(D + 1) numbers.
 
-    The ranks' messages are merged as if one attention had run over the tokens that they selected, k on each rank, so
-    that a rank that sees more or heavier tokens counts for more, and one with NaN or inf for nothing. It takes one
-    collective of L*S*M*(D + 1) numbers for the L workspaces of a model. A model of this package calls it after its last
-    block; whoever puts :class:`GlobalWorkspace` in another model calls it after the forward, on every rank.
+    The result is that of one attention over the tokens that the ranks selected, k on each rank. So a rank with more or
+    heavier tokens counts for more, and a rank with NaN or inf counts for nothing.
 
-    Without an initialised process group, or alone in it, there is nothing to do.
+    Args:
+        heads: (S, M, D) what each head has read for each slot on this rank.
+        lse: (S, M) log-sum-exp of the logits behind ``heads``.
+
+    Returns:
+        (S, M, D), the same on all ranks; NaN if no rank's is finite.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    layers = [m for m in model.modules() if isinstance(m, GlobalWorkspace) and m.is_writing() and m.last_write]
-    if not layers:
-        return
-    local = torch.stack([_pack(layer.last_write) for layer in layers])  # (L, S, M, D + 1)
-    ranks = local.new_empty(dist.get_world_size() * local.shape[0], *local.shape[1:])
+    local = torch.cat([heads, lse.unsqueeze(-1)], dim=-1)  # (S, M, D + 1)
+    ranks = local.new_empty(dist.get_world_size() * len(local), *local.shape[1:])
     dist.all_gather_into_tensor(ranks, local)
-    for layer, gathered in zip(layers, ranks.unflatten(0, (-1, len(layers))).unbind(1), strict=True):
-        layer.rewrite(merge_messages(gathered[..., :-1], gathered[..., -1]))
+    ranks = ranks.unflatten(0, (-1, len(local)))  # (R*S, M, D + 1) -> (R, S, M, D + 1)
+    return merge_heads(ranks[..., :-1], ranks[..., -1])
 
 
-def _pack(write: MemoryWrite | None) -> Tensor:
-    assert write is not None
-    return torch.cat([write.message, write.log_mass.unsqueeze(-1)], dim=-1)
+def merge_heads(heads: Tensor, lse: Tensor) -> Tensor:
+    """Merge what the heads of R ranks have read: (R, S, M, D), (R, S, M) -> (S, M, D); NaN if no rank's is finite."""
+    return (lse.softmax(dim=0).unsqueeze(-1) * heads.nan_to_num()).sum(dim=0)
 
 
-def merge_messages(messages: Tensor, log_mass: Tensor) -> Tensor:
-    """One message out of those of R ranks: (R, S, M, D), (R, S, M) -> (S, M, D); NaN if no rank's is finite."""
-    return (log_mass.softmax(dim=0).unsqueeze(-1) * messages.nan_to_num()).sum(dim=0)
+@torch.no_grad()
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of ``x`` over all ranks, in the shape of ``x``."""
+    x = x.clone()
+    dist.all_reduce(x)
+    return x

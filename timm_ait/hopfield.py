@@ -1,4 +1,4 @@
-"""The continuous Hopfield network that a workspace reads its memory with: its update and its energy.
+"""The continuous Hopfield network that reads the memory: its update and its energy.
 
 Ramsauer et al., *Hopfield Networks is All You Need*, https://arxiv.org/abs/2008.02217, as used in section 3.3 of Sun et
 al., *Associative Transformer*, https://arxiv.org/abs/2309.12862.
@@ -7,35 +7,53 @@ al., *Associative Transformer*, https://arxiv.org/abs/2309.12862.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ['hopfield_energy', 'hopfield_retrieval']
+__all__ = ['HopfieldRetrieval', 'hopfield_energy']
 
 
-def hopfield_retrieval(
-    base: Tensor, h: Tensor, attractors: Tensor, beta: float = 1.0, steps: int = 1, scale: Tensor | None = None
-) -> Tensor:
+class HopfieldRetrieval(nn.Module):
     """Add to each token what it retrieves: ``base + scale * r`` with ``r = softmax(beta h a^T) a`` (section 3.3).
 
-    Args:
-        base: (..., E), what to add to.
-        h: (..., E), the tokens as states of the network.
-        attractors: (M, E) stored patterns ``a``.
-        beta: Inverse temperature.
-        steps: Updates of the states.
-        scale: (E,), None for 1.
+    The softmax is a submodule. A forward hook on ``retrieval.softmax`` reads which attractors a token retrieves, as
+    (..., T, M), once for each update of the state.
 
-    Returns:
-        (..., E).
+    Args:
+        beta: Inverse temperature, above 0.
+        steps: Updates of the state of each token, at least 1.
     """
-    keys = (attractors if beta == 1 else beta * attractors).t()
-    state = h.flatten(0, -2)  # (B, N, E) -> (B*N, E)
-    for _ in range(steps - 1):
-        state = torch.matmul(torch.matmul(state, keys).softmax(dim=-1), attractors)
-    shares = torch.matmul(state, keys).softmax(dim=-1)  # (T, M)
-    if scale is not None:
-        attractors = attractors * scale
-    return torch.addmm(base.flatten(0, -2), shares.to(attractors.dtype), attractors).view_as(base)
+
+    def __init__(self, beta: float = 1.0, steps: int = 1) -> None:
+        super().__init__()
+        self.beta, self.steps = float(beta), steps
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, base: Tensor, h: Tensor, attractors: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Retrieve for every token.
+
+        Args:
+            base: (B, N, E) or (T, E), what to add to.
+            h: As ``base``: the tokens, which are the first states of the network.
+            attractors: (M, E) stored patterns ``a``, or (B, M, E) with patterns of its own for every image.
+            scale: (E,), None for 1.
+
+        Returns:
+            As ``base``.
+        """
+        state = h if attractors.ndim == 3 else h.flatten(0, -2)  # (B, N, E) -> (B*N, E), one product for all images
+        keys = (attractors if self.beta == 1 else self.beta * attractors).transpose(-2, -1)  # (..., M, E) -> (..., E, M)
+        for _ in range(self.steps - 1):
+            state = torch.matmul(self.softmax(torch.matmul(state, keys)), attractors)
+        shares = self.softmax(torch.matmul(state, keys))  # (..., T, M)
+        if scale is not None:
+            attractors = attractors * scale
+        shares = shares.to(attractors.dtype)
+        if attractors.ndim == 3:
+            return torch.baddbmm(base, shares, attractors)
+        return torch.addmm(base.flatten(0, -2), shares, attractors).view_as(base)
+
+    def extra_repr(self) -> str:
+        return f'beta={self.beta:g}, steps={self.steps}'
 
 
 def hopfield_energy(state: Tensor, attractors: Tensor, beta: float = 1.0) -> Tensor:

@@ -1,12 +1,12 @@
 """Products with the tokens that a bottleneck has selected, and their gradients.
 
-``selected`` (Q, k) holds, for each of Q queries, the indices of k out of T tokens. What the write computes with them is
-a derivative of one form, linear in each of its three arguments:
+``selected`` (Q, k) holds, for each of Q queries, the indices of k out of T tokens. Consider one number, which is linear
+in each of its three arguments:
 
     F(weights, y, x) = sum_qi weights[q, i] <y[q], x[selected[q, i]]>     (Q, k), (Q, E), (T, E) -> ()
 
-:func:`gather` is its derivative by ``y``, :func:`scatter` by ``x``, :func:`sample` by ``weights``, and the gradient of
-each is made of the other two. Left to autograd, they would keep and multiply matrices of Q x T.
+:func:`gather` is its derivative by ``y``, :func:`scatter` by ``x``, :func:`sample` by ``weights``. The gradient of each
+of them consists of the other two. Without this file, autograd would save and multiply matrices of Q x T.
 """
 
 from typing import Any, NamedTuple
@@ -20,9 +20,9 @@ __all__ = ['gather', 'sample', 'scatter', 'top_logits']
 
 
 class Costs(NamedTuple):
-    """What one selected token costs an eager CPU, in tokens of a dense product over all of them.
+    """How much longer a selected token takes than a token of a dense product over all tokens, on an eager CPU.
 
-    A GPU multiplies faster than it gathers, and a compiler knows dense products better.
+    A GPU multiplies faster than it gathers. A compiler optimises dense products better.
     """
 
     gather: int = 4
@@ -34,12 +34,12 @@ COSTS = {torch.float16: Costs(0, 0, 0), torch.bfloat16: Costs(5, 6, 18)}  # CPUs
 
 
 def top_logits(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest products of each query with a token, and whose they are, in no order.
+    """The k highest products of each query with a token, and the indices of these tokens, in no order.
 
     Args:
         queries: (Q, E).
-        tokens: (T, E), in the dtype of the queries or a narrower one. Gradients are computed in that of the tokens;
-            products in that of the queries on a CPU, but rounded to that of the tokens on a GPU.
+        tokens: (T, E), in the dtype of the queries or a narrower one. Gradients are computed in the dtype of the tokens.
+            Products are computed in the dtype of the queries on a CPU. A GPU rounds them to the dtype of the tokens.
         k: At most T.
 
     Returns:
@@ -50,17 +50,17 @@ def top_logits(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 def gather(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
     """Weighted sum of the selected rows of ``x`` for each query: (Q, k), (Q, k), (T, E) -> (Q, E)."""
-    return _Gather.apply(weights, selected, x)
+    return _Derivative.apply(weights, None, x, selected, len(x))
 
 
 def scatter(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Tensor:
     """For each token, the weighted sum of ``y`` over the queries that selected it: (Q, k), (Q, k), (Q, E) -> (T, E)."""
-    return _Scatter.apply(weights, selected, y, num_tokens)
+    return _Derivative.apply(weights, y, None, selected, num_tokens)
 
 
 def sample(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
     """Products of each row of ``y`` with its selected rows of ``x``: (Q, E), (T, E), (Q, k) -> (Q, k)."""
-    return _Sample.apply(y, x, selected)
+    return _Derivative.apply(None, y, x, selected, len(x))
 
 
 class _TopLogits(Function):
@@ -88,81 +88,59 @@ class _TopLogits(Function):
         )
 
 
-class _Gather(Function):
-    @staticmethod
-    def forward(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
-        if _is_sparse(selected, len(x), _costs(x).gather):
-            return F.embedding_bag(selected, x, mode='sum', per_sample_weights=weights)
-        return _dense(weights, selected, len(x)) @ x
+class _Derivative(Function):
+    """Derivative of F by that one of ``weights``, ``y`` and ``x`` which is None."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, selected, x = ctx.saved_tensors
-        needs_weights, _, needs_x = ctx.needs_input_grad
-        return (
-            sample(grad, x, selected) if needs_weights else None,
-            None,
-            scatter(weights, selected, grad, len(x)) if needs_x else None,
-        )
-
-
-class _Scatter(Function):
-    @staticmethod
-    def forward(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Tensor:
-        if not _is_sparse(selected, num_tokens, _costs(y).scatter):
-            return _dense(weights, selected, num_tokens).t() @ y
-        tokens, order = selected.flatten().sort()
-        starts = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
-        queries = order // selected.shape[1]
-        return F.embedding_bag(
-            queries, y, starts, mode='sum', per_sample_weights=weights.flatten().index_select(0, order)
-        )
+    def forward(
+        weights: Tensor | None, y: Tensor | None, x: Tensor | None, selected: Tensor, num_tokens: int
+    ) -> Tensor:
+        if weights is None:
+            return _by_weights(y, x, selected)
+        if y is None:
+            return _by_y(weights, x, selected)
+        return _by_x(weights, y, selected, num_tokens)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:3])
+        *arguments, selected, ctx.num_tokens = inputs
+        ctx.save_for_backward(*arguments, selected)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, selected, y = ctx.saved_tensors
-        needs_weights, _, needs_y, _ = ctx.needs_input_grad
-        return (
-            sample(y, grad, selected) if needs_weights else None,
-            None,
-            gather(weights, selected, grad) if needs_y else None,
-            None,
-        )
+        *arguments, selected = ctx.saved_tensors
+        filled = [grad if argument is None else argument for argument in arguments]
+
+        def by(i: int) -> Tensor:
+            return _Derivative.apply(*filled[:i], None, *filled[i + 1 :], selected, ctx.num_tokens)
+
+        return *(by(i) if is_needed else None for i, is_needed in enumerate(ctx.needs_input_grad[:3])), None, None
 
 
-class _Sample(Function):
-    @staticmethod
-    def forward(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
-        if not _is_sparse(selected, len(x), _costs(x).sample):
-            return (y @ x.t()).gather(1, selected)
-        Q, k = selected.shape
-        starts = torch.arange(0, Q * k, k)
-        queries = torch.arange(Q).repeat_interleave(k)
-        # What PyTorch runs for the gradient of embedding_bag by its weights; there is no public name for it.
-        op = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        return op(y, x, selected.flatten(), starts, queries, 0).view(Q, k)
+def _by_y(weights: Tensor, x: Tensor, selected: Tensor) -> Tensor:
+    if _is_sparse(selected, len(x), _costs(x).gather):
+        return F.embedding_bag(selected, x, mode='sum', per_sample_weights=weights)
+    return _dense(weights, selected, len(x)) @ x
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, x, selected = ctx.saved_tensors
-        needs_y, needs_x, _ = ctx.needs_input_grad
-        return (
-            gather(grad, selected, x) if needs_y else None,
-            scatter(grad, selected, y, len(x)) if needs_x else None,
-            None,
-        )
+def _by_x(weights: Tensor, y: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
+    if not _is_sparse(selected, num_tokens, _costs(y).scatter):
+        return _dense(weights, selected, num_tokens).t() @ y
+    tokens, order = selected.flatten().sort()
+    starts = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
+    queries = order // selected.shape[1]
+    return F.embedding_bag(queries, y, starts, mode='sum', per_sample_weights=weights.flatten().index_select(0, order))
+
+
+def _by_weights(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
+    if not _is_sparse(selected, len(x), _costs(x).sample):
+        return (y @ x.t()).gather(1, selected)
+    Q, k = selected.shape
+    starts = torch.arange(0, Q * k, k)
+    queries = torch.arange(Q).repeat_interleave(k)
+    # PyTorch runs this for the gradient of embedding_bag by its weights. It has no public name.
+    op = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return op(y, x, selected.flatten(), starts, queries, 0).view(Q, k)  # (Q*k,) -> (Q, k)
 
 
 def _costs(x: Tensor) -> Costs:

@@ -3,45 +3,66 @@
 Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv.org/abs/2309.12862
 
 Symbols, as in the paper: B images of N tokens of width E; a memory ``gamma`` of M slots of width D << E;
-S write heads; a bottleneck of k tokens a slot. Where a line differs from the authors' published code
-(https://github.com/yuweisunn/associative-transformer) a NOTE says why.
+S write heads; a bottleneck of k tokens a slot. A NOTE gives the reason where a line differs from the authors' published
+code (https://github.com/yuweisunn/associative-transformer).
 """
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .balance import attach, hand_out, is_backward_running
+from .distributed import is_distributed, merge_ranks
 from .fused import FusedWorkspace
-from .hopfield import hopfield_retrieval
-from .norm import OutputNorm, without_autocast
+from .hopfield import HopfieldRetrieval
+from .layers import OutputNorm, is_plain, without_autocast
+from .replay import Replay
 from .selection import gather, top_logits
 
-__all__ = ['GlobalWorkspace', 'MemoryWrite', 'balance_loss', 'bottleneck', 'squash']
+__all__ = ['WORKSPACE_ARGS', 'GlobalWorkspace', 'MemoryWrite', 'Selection', 'load_balance_loss', 'squash']
 
+# The keywords of a workspace that a model takes for all its blocks.
+WORKSPACE_ARGS = (
+    *('num_slots', 'slot_dim', 'write_heads', 'bottleneck', 'beta', 'memory_decay', 'balance_weight'),
+    *('retrieval_steps', 'write_mode', 'write_grad', 'retrieval_scale'),
+)
 WRITE_MODES = ('train', 'always', 'never')
+
+
+class Selection(NamedTuple):
+    """Which tokens each slot of each head attends to.
+
+    Attributes:
+        gates: (S, M, k) attention weights, which sum to 1 over k.
+        tokens: (S, M, k) indices of the selected tokens, in [0, T).
+        lse: (S, M) log-sum-exp of the selected logits, without graph.
+    """
+
+    gates: Tensor
+    tokens: Tensor
+    lse: Tensor
 
 
 class MemoryWrite(NamedTuple):
     """What one batch does to the memory.
 
     Attributes:
-        memory: (M, D) the memory after the write; its graph is cut unless ``write_grad``.
+        memory: (M, D) the memory after the write; without graph unless ``write_grad``.
         balance_loss: () the weighted balance loss of this write, differentiable.
         before: (M, D) the memory before the write.
-        message: (S, M, D) what each head has read for each slot, without graph; NaN where a token is not finite.
-        log_mass: (S, M) log of the summed exponentials behind ``message``: its weight beside other ranks' messages.
+        heads: (S, M, D) what each head has read for each slot, without graph; NaN where a token is not finite.
+        lse: (S, M) log-sum-exp of the logits behind ``heads``: their weight beside those of other ranks.
     """
 
     memory: Tensor
     balance_loss: Tensor
     before: Tensor
-    message: Tensor
-    log_mass: Tensor
+    heads: Tensor
+    lse: Tensor
 
 
 def squash(h: Tensor) -> Tensor:
@@ -49,41 +70,24 @@ def squash(h: Tensor) -> Tensor:
     return h.flatten(0, -2)
 
 
-def bottleneck(queries: Tensor, h: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Let every slot of every head attend to the k tokens it scores highest (section 3.2).
-
-    Args:
-        queries: (S, M, E), float32 or wider.
-        h: (T, E), the tokens of the whole batch.
-        k: Cut to T where it is larger.
-
-    Returns:
-        gates (S, M, k), selected tokens (S, M, k), log of the gates' normaliser (S, M).
-    """
-    logits, selected = top_logits(queries.flatten(0, 1), h, min(k, len(h)))  # (S, M, E) -> (S*M, E)
-    S, M, _ = queries.shape
-    gates, log_mass = logits.softmax(dim=-1), logits.detach().logsumexp(dim=-1)
-    return gates.unflatten(0, (S, M)), selected.unflatten(0, (S, M)), log_mass.unflatten(0, (S, M))
-
-
-def balance_loss(gates: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
+def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
     """Squared coefficients of variation of the tokens' importance and load, summed over heads (section 3.2).
 
     ``importance_j = sum_m g_mj`` and ``load_j = #{m : g_mj > 0}``; the load has no gradient.
 
     Args:
-        gates: (S, M, k) attention of each slot over the tokens it selected.
-        selected: (S, M, k) which tokens these are, in [0, num_tokens).
+        selection: What the slots attend to.
         num_tokens: T, tokens in the batch.
 
     Returns:
         (), zero where there is one token only.
     """
+    gates, tokens, _ = selection
     if num_tokens == 1:
         return gates.new_zeros(())
 
     def per_token(share: Tensor) -> Tensor:  # (S, M, k) -> (S, T), never (S, M, T)
-        return share.new_zeros(share.shape[0], num_tokens).scatter_add(1, selected.flatten(1), share.flatten(1))
+        return share.new_zeros(share.shape[0], num_tokens).scatter_add(1, tokens.flatten(1), share.flatten(1))
 
     def cv_squared(x: Tensor) -> Tensor:
         return x.var(dim=-1) / (x.mean(dim=-1).square() + 1e-10)
@@ -95,10 +99,17 @@ class GlobalWorkspace(nn.Module):
     """Feed-forward layer of an Associative Transformer block; a drop-in for timm's ``Mlp``.
 
     With ``h = LN(W2 GELU(W1 x))`` the layer returns ``h + r``: tokens write into the memory through top-k attention,
-    and ``r = softmax(beta h a^T) a`` reads, for every token, the attractors ``a = W_LT gamma + b`` back.
+    and ``r = softmax(beta h a^T) a`` retrieves, for every token, from the attractors ``a = W_LT gamma + b``.
 
-    The state is one buffer, ``memory`` (M, D), float32 or wider whatever the dtype of the model. It is only ever
-    written by :meth:`commit`, and read as rows of unit length.
+    The state is one buffer, ``memory`` (M, D), in float32 or wider, whatever the dtype of the model. Only :meth:`store`
+    changes it. Whoever reads it normalises its rows. Like the statistics of a BatchNorm it moves in training mode, under
+    ``torch.no_grad`` too, but not in a layer whose parameters are all frozen.
+
+    In training mode the layer adds the gradient of its balance loss to any backward pass through it, see `balance.py`.
+    ``auto_balance = False`` turns that off.
+
+    For another write or another retrieval override :meth:`select`, :meth:`write`, :meth:`update` or :meth:`read`, and
+    give a model the new class as its ``workspace_layer``.
 
     Args:
         in_features: E.
@@ -106,9 +117,9 @@ class GlobalWorkspace(nn.Module):
         num_slots: M.
         slot_dim: D.
         write_heads: S.
-        bottleneck: k, tokens a slot may read per head; more than there are means all.
+        bottleneck: k, tokens that a slot may read per head; all tokens where there are fewer.
         beta: Inverse temperature of the retrieval.
-        memory_decay: Share of the old memory that a write keeps.
+        memory_decay: Share of the old memory that remains after a write.
         balance_weight: Weight of the balance loss; 0 computes none.
         retrieval_steps: Hopfield updates per token.
         write_mode: 'train' writes in training mode only, 'always' in evaluation too (as the authors do), 'never' not
@@ -151,30 +162,17 @@ class GlobalWorkspace(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        _check_arguments(
-            num_slots,
-            slot_dim,
-            write_heads,
-            bottleneck,
-            beta,
-            memory_decay,
-            balance_weight,
-            retrieval_steps,
-            write_mode,
-        )
+        self.num_slots, self.slot_dim, self.write_heads = num_slots, slot_dim, write_heads
+        self.bottleneck, self.beta, self.memory_decay = bottleneck, beta, memory_decay
+        self.balance_weight, self.retrieval_steps = balance_weight, retrieval_steps
+        self.write_mode, self.write_grad, self.retrieval_scale = write_mode, write_grad, retrieval_scale
+        _check_limits(self)
+        self.in_features = in_features
+        self.auto_balance = True
         dd = {'device': device, 'dtype': dtype}
         hidden_features = hidden_features or in_features
-        self.in_features = in_features
-        self.num_slots, self.slot_dim, self.write_heads = num_slots, slot_dim, write_heads
-        self.bottleneck = bottleneck
-        self.beta = float(beta)
-        self.memory_decay = float(memory_decay)
-        self.balance_weight = float(balance_weight)
-        self.retrieval_steps = retrieval_steps
-        self.write_mode = write_mode
-        self.write_grad = write_grad
 
-        # 1. feed-forward, normalised on its output
+        # feed-forward part, normalised on its output
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, **dd)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
@@ -182,73 +180,94 @@ class GlobalWorkspace(nn.Module):
         self.fc2 = nn.Linear(hidden_features, in_features, bias=bias, **dd)
         self.norm = OutputNorm(in_features, **dd)
         self.drop2 = nn.Dropout(drop)
-        # 3. bottleneck write: W_Q, W_K, W_V, W_O and the norm of the new memory
+        # bottleneck write: W_Q, W_K, W_V, W_O and the norm of the new memory
         self.query = nn.Linear(slot_dim, write_heads * slot_dim, bias=False, **dd)
         self.key = nn.Linear(in_features, write_heads * slot_dim, bias=False, **dd)
         self.value = nn.Linear(in_features, write_heads * slot_dim, bias=False, **dd)
         self.proj = nn.Linear(write_heads * slot_dim, slot_dim, bias=False, **dd)
         self.write_norm = nn.LayerNorm(slot_dim, eps=1e-6, **dd)
-        # 4. explicit memory
+        # explicit memory
         memory_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.register_buffer('memory', torch.empty(num_slots, slot_dim, device=device, dtype=memory_dtype))
-        # 5. linear transform W_LT, from the width of a slot to that of a token
-        self.lift = nn.Linear(slot_dim, in_features, **dd)
-        # 7. sum
-        self.retrieval_scale = retrieval_scale
+        # linear transform W_LT from the width of a slot to the width of a token, and Hopfield retrieval
+        self.linear_transform = nn.Linear(slot_dim, in_features, **dd)
+        self.retrieval = HopfieldRetrieval(beta, retrieval_steps)
         self.scale = None if retrieval_scale is None else nn.Parameter(torch.empty(in_features, **dd))
 
-        self.last_write: MemoryWrite | None = None
+        self.replay = Replay()
         self.reset_parameters()
         self._freeze_untrained()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Write the tokens ``x`` (B, N, E) into the memory where the mode says so, and read it: (B, N, E)."""
-        if torch.jit.is_scripting() or not self.is_writing():  # TorchScript is for deployment: it reads only
+        """Write the tokens ``x`` (B, N, E) into the memory where the mode says so, and retrieve from it: (B, N, E)."""
+        if torch.jit.is_scripting():  # TorchScript is for deployment: it does not write
             f = self.feed_forward(x)
             return self.read(f, self.norm(f), self.memory)
-        x, write = self.step(x, self.memory.clone())
-        self.commit(write)
-        return x
+        elif not self.is_writing():  # noqa: RET505  TorchScript leaves out what stands after an else
+            f = self.feed_forward(x)
+            return self.read(f, self.norm(f), self.memory)
+        elif is_backward_running():
+            return self.step(x, self.replay.memory_before(x))[0]
+        else:
+            x_new, write = self.step(x, self.memory.clone())
+            self.store(write, x)
+            return x_new
 
-    @torch.jit.unused
-    def step(self, x: Tensor, memory: Tensor, is_checkpointed: bool = False) -> tuple[Tensor, MemoryWrite]:
-        """The layer as a function of tokens and memory, without side effect.
+    def step(self, x: Tensor, memory: Tensor) -> tuple[Tensor, MemoryWrite]:
+        """The layer as a function of tokens (B, N, E) and memory (M, D), without side effect: new tokens and the write.
 
-        Args:
-            x: (B, N, E).
-            memory: (M, D), before the write.
-            is_checkpointed: Whether gradient checkpointing runs it, a second time for the backward pass with the same
-                memory, and so decides what is kept.
-
-        Returns:
-            The tokens (B, N, E) and the write.
+        Gradient checkpointing runs it a second time, with the same memory.
         """
         f = self.feed_forward(x)
         h = self.norm(f)
-        with nullcontext() if is_checkpointed else self.norm.rebuilt(f, h):
-            write = self.write(squash(h), memory)
-            return self.read(f, h, write.memory), write
+        write = self.write(squash(h), memory)
+        memory = write.memory
+        if write.balance_loss.requires_grad and self.adds_balance_loss():
+            memory = attach(memory, write.balance_loss)
+        return self.read(f, h, memory), write
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """``f = W2 GELU(W1 x)``, whose norm ``h`` reads and writes: (B, N, E) -> (B, N, E)."""
+        """``f = W2 GELU(W1 x)``, and ``h`` is its norm: (B, N, E) -> (B, N, E)."""
         return self.drop2(self.fc2(self.hidden_norm(self.drop1(self.act(self.fc1(x))))))
 
-    @torch.jit.unused
     def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
         """Bottleneck write of the squashed tokens ``h`` (T, E) into ``memory`` (M, D)."""
-        with without_autocast(h):  # softmax and EWMA stay in float32, selection too but for what `top_logits` says
-            gates, selected, log_mass = bottleneck(self.fold_queries(memory), h, self.bottleneck)
-            loss = gates.new_zeros(())
+        keys, values = self._project(h)
+        with without_autocast(h):  # softmax and EWMA stay in float32, and the logits where `top_logits` can
+            selection = self.select(memory, h, keys)
+            loss = selection.gates.new_zeros(())
             if self.balance_weight > 0:
-                loss = self.balance_weight * balance_loss(gates, selected, num_tokens=len(h))
+                loss = self.balance_weight * load_balance_loss(selection, num_tokens=len(h))
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.write_grad):
-                message = self.message(gates, selected, h)
-                is_finite = message.detach().sum().isfinite()
-                message = message.where(is_finite, torch.nan)
-                new = self.ewma(memory, message)
-        return MemoryWrite(new, loss, memory, message.detach(), log_mass.where(is_finite, -torch.inf))
+                heads = self.attend(selection, h, values)
+                is_finite = heads.detach().sum().isfinite()
+                heads = heads.where(is_finite, torch.nan)
+                new = self.update(memory, heads)
+        return MemoryWrite(new, loss, memory, heads.detach(), selection.lse.where(is_finite, -torch.inf))
 
-    @torch.jit.unused
+    def _project(self, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values (T, S*D) of the tokens (T, E); None where W_K and W_V can be folded into other products."""
+        keys = None if is_plain(self.query, self.key) else self.key(h)
+        return keys, None if is_plain(self.value) else self.value(h)
+
+    def select(self, memory: Tensor, h: Tensor, keys: Tensor | None = None) -> Selection:
+        """Let every slot of every head attend to the k tokens that it scores highest (section 3.2).
+
+        Args:
+            memory: (M, D), float32 or wider.
+            h: (T, E), the tokens of the whole batch.
+            keys: (T, S*D), or None to fold W_K into the queries.
+        """
+        S, M, k = self.write_heads, len(memory), min(self.bottleneck, len(h))
+        if keys is None:
+            logits, tokens = top_logits(self.fold_queries(memory).flatten(0, 1), h, k)  # (S, M, E) -> (S*M, E)
+            logits, tokens = logits.unflatten(0, (S, M)), tokens.unflatten(0, (S, M))  # (S*M, k) -> (S, M, k)
+        else:
+            queries = _call(self.query, memory).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
+            keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).permute(1, 2, 0)  # (T, S*D) -> (S, D, T)
+            logits, tokens = (queries @ keys / math.sqrt(self.slot_dim)).topk(k, dim=-1, sorted=False)
+        return Selection(logits.softmax(dim=-1), tokens, logits.detach().logsumexp(dim=-1))
+
     def fold_queries(self, memory: Tensor) -> Tensor:
         """Queries that score tokens without their keys, ``q (W_K h) = (W_K^T q) h``: (M, D) -> (S, M, E)."""
         S, D = self.write_heads, self.slot_dim
@@ -256,54 +275,54 @@ class GlobalWorkspace(nn.Module):
         keys = self.key.weight.to(memory.dtype).unflatten(0, (S, D))  # (S*D, E) -> (S, D, E)
         return torch.matmul(queries.transpose(0, 1) / math.sqrt(D), keys)
 
-    @torch.jit.unused
-    def message(self, gates: Tensor, selected: Tensor, h: Tensor) -> Tensor:
+    def attend(self, selection: Selection, h: Tensor, values: Tensor | None = None) -> Tensor:
         """What each head reads for each slot, ``sum_j g_j W_V h_j = W_V sum_j g_j h_j``.
 
         Args:
-            gates: (S, M, k).
-            selected: (S, M, k).
+            selection: (S, M, k).
             h: (T, E).
+            values: (T, S*D), or None to sum the tokens first and to apply W_V to the sums.
 
         Returns:
             (S, M, D).
         """
+        gates, tokens, _ = selection
         S, M, _ = gates.shape
-        read = gather(gates.flatten(0, 1).to(h.dtype), selected.flatten(0, 1), h)  # (S, M, k) -> (S*M, k) -> (S*M, E)
-        values = self.value.weight.to(gates.dtype).unflatten(0, (S, -1))  # (S*D, E) -> (S, D, E)
-        return torch.matmul(read.to(gates.dtype).unflatten(0, (S, M)), values.transpose(1, 2))
+        if values is not None:  # the tokens of head s stand in rows s*T to (s+1)*T of one table
+            table = values.to(gates.dtype).unflatten(-1, (S, -1)).transpose(0, 1).flatten(0, 1)  # (T, S*D) -> (S*T, D)
+            rows = tokens + len(h) * torch.arange(S, device=h.device).view(S, 1, 1)
+            return gather(gates.flatten(0, 1), rows.flatten(0, 1), table).unflatten(0, (S, M))  # (S*M, D) -> (S, M, D)
+        sums = gather(gates.flatten(0, 1).to(h.dtype), tokens.flatten(0, 1), h)  # (S, M, k) -> (S*M, k) -> (S*M, E)
+        weight = self.value.weight.to(gates.dtype).unflatten(0, (S, -1))  # (S*D, E) -> (S, D, E)
+        return torch.matmul(sums.to(gates.dtype).unflatten(0, (S, M)), weight.transpose(1, 2))
 
-    @torch.jit.unused
-    def ewma(self, memory: Tensor, message: Tensor) -> Tensor:
-        """Explicit memory: ``gamma <- normalise(decay gamma + (1 - decay) LN(W_O message + gamma))``.
+    def update(self, memory: Tensor, heads: Tensor) -> Tensor:
+        """Explicit memory: ``gamma <- normalise(decay gamma + (1 - decay) LN(W_O heads + gamma))``.
 
         Args:
             memory: (M, D) old memory.
-            message: (S, M, D) what the heads have read.
+            heads: (S, M, D) what the heads have read.
 
         Returns:
-            (M, D) new memory of unit rows; the old one where the message is not finite.
+            (M, D) new memory of unit rows; the old one where ``heads`` is not finite.
         """
         # NOTE the authors concatenate the heads interleaved, (D, S); here W_O reads (S, D), as multi-head
         # attention does elsewhere. `convert.py` permutes their columns.
-        update = F.linear(message.transpose(0, 1).flatten(1), self.proj.weight.to(memory.dtype))  # (M, S*D) -> (M, D)
-        weight, bias = self.write_norm.weight.to(memory.dtype), self.write_norm.bias.to(memory.dtype)
-        update = F.layer_norm(update + memory, (self.slot_dim,), weight, bias, self.write_norm.eps)
+        update = _call(self.proj, heads.transpose(0, 1).flatten(1))  # (S, M, D) -> (M, S*D) -> (M, D)
+        update = _call(self.write_norm, update + memory)
         new = F.normalize(torch.lerp(memory, update, 1 - self.memory_decay), dim=-1)
         return torch.where(new.detach().sum().isfinite(), new, memory)
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
         """Retrieve from the memory (M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
-        base = h if self.scale is None else f
-        return hopfield_retrieval(base, h, self.attractors(memory), self.beta, self.retrieval_steps, self.scale)
+        return self.retrieval(h if self.scale is None else f, h, self.attractors(memory, h.dtype), self.scale)
 
-    def attractors(self, memory: Tensor) -> Tensor:
-        """Linear transform ``a = W_LT gamma + b``: (M, D) -> (M, E)."""
-        # Rows of unit length whatever was stored: a first random memory, or the mean of several (weight averaging).
-        return self.lift(F.normalize(memory, dim=-1).to(self.lift.weight.dtype))
+    def attractors(self, memory: Tensor, dtype: torch.dtype) -> Tensor:
+        """Linear transform ``a = W_LT gamma + b``: (M, D) -> (M, E), computed in ``dtype``."""
+        # Rows of unit length whatever is stored: a first random memory, or the mean of several (weight averaging).
+        return self.linear_transform(F.normalize(memory, dim=-1).to(dtype))
 
-    @torch.jit.ignore
-    def fuse(self) -> 'FusedWorkspace':
+    def fuse(self) -> FusedWorkspace:
         """The layer for evaluation alone; timm's ``reparameterize_model`` puts it in the place of this one.
 
         Raises:
@@ -311,54 +330,58 @@ class GlobalWorkspace(nn.Module):
         """
         return FusedWorkspace(self)
 
-    @torch.jit.unused
-    def commit(self, write: MemoryWrite) -> None:
-        """Store what a write has left; the only place where the memory changes."""
+    def store(self, write: MemoryWrite, x: Tensor) -> None:
+        """Store the memory after a write of the tokens ``x``; the only place where the memory changes.
+
+        In distributed training it is the memory that one write of all ranks' tokens leaves.
+        """
+        if getattr(self, '_is_replica', False):
+            raise ValueError('DataParallel loses what its replicas write into the memory; use DistributedDataParallel')
         with torch.no_grad():
-            self.memory.copy_(write.memory)
-        self.last_write = write
+            memory = self.update(write.before, merge_ranks(write.heads, write.lse)) if is_distributed() else write.memory
+            self.memory.copy_(memory)
+        self.replay.note(write.before, write.balance_loss, x, is_automatic=self.adds_balance_loss())
 
-    @torch.jit.unused
-    def rewrite(self, message: Tensor) -> None:
-        """Replace the message (S, M, D) of the last write, by that of all ranks."""
-        if self.last_write is not None:
-            self.commit(self.last_write._replace(memory=self.ewma(self.last_write.before, message)))
-
-    @torch.jit.unused
     def is_writing(self) -> bool:
         """Whether a forward would write, in the present mode."""
-        return self.write_mode == 'always' or (self.training and self.write_mode == 'train')
+        if self.write_mode == 'always':
+            return True
+        return self.training and self.write_mode == 'train' and any(p.requires_grad for p in self.parameters())
 
-    @torch.jit.unused
+    def adds_balance_loss(self) -> bool:
+        """Whether a backward pass through the next forward would add the gradient of its balance loss."""
+        return self.training and self.auto_balance and self.balance_weight > 0 and self.is_writing()
+
     def balance_loss(self) -> Tensor:
-        """Balance loss () of the last write, weighted and differentiable; zero where there was none."""
-        if self.last_write is None:
-            return self.memory.new_zeros(())
-        return self.last_write.balance_loss
+        """Balance loss () of the last write: weighted and differentiable, zero where there was no write.
 
-    @torch.jit.ignore
+        With ``auto_balance`` it is differentiable as long as the output of that forward lives. A backward pass of a loss
+        that it was added to does not add its gradient a second time.
+        """
+        loss = self.replay.balance_loss()
+        return self.memory.new_zeros(()) if loss is None else hand_out(loss)
+
     def reset_parameters(self) -> None:
         """Start from random slots N(0, 1) as the authors do, of unit length only when read, and the initial scale."""
         nn.init.normal_(self.memory)
         if self.scale is not None:
             nn.init.constant_(self.scale, self.retrieval_scale or 0.0)
 
-    @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise what the paper adds to a feed-forward layer as the authors do: by PyTorch's defaults.
 
-        timm's initialisation calls this after that of the layers inside.
+        timm's initialisation calls this after it has initialised the layers inside.
         """
-        for layer in (self.query, self.key, self.value, self.proj, self.write_norm, self.lift):
+        for layer in (self.query, self.key, self.value, self.proj, self.write_norm, self.linear_transform):
             layer.reset_parameters()
         self.reset_parameters()
 
     def _freeze_untrained(self) -> None:
         """Freeze the parameters that no gradient can reach, or DistributedDataParallel waits for them for ever."""
-        reads_gates = self.write_grad or self.balance_weight > 0
+        trains_gates = self.write_grad or self.balance_weight > 0
         trained = {
-            self.query: reads_gates,
-            self.key: reads_gates,
+            self.query: trains_gates,
+            self.key: trains_gates,
             self.value: self.write_grad,
             self.proj: self.write_grad,
             self.write_norm: self.write_grad,
@@ -367,52 +390,57 @@ class GlobalWorkspace(nn.Module):
             layer.requires_grad_(is_trained and self.write_mode != 'never')
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'GlobalWorkspace':
-        """Move or cast the module, but never narrow the memory below float32: its moves are a tenth of a step."""
-        kept = self.memory
+        """Move or cast the module, but never narrow the memory below float32: a write moves it by small steps."""
+        before = self.memory
         super()._apply(fn, recurse)
         if self.memory.dtype in (torch.float16, torch.bfloat16):
-            self.memory = kept.to(self.memory.device)
+            self.memory = before.to(self.memory.device)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, 'last_write': None}  # its graph belongs to the step, not to the module
 
     def extra_repr(self) -> str:
         return (
             f'slots=({self.num_slots}, {self.slot_dim}), write_heads={self.write_heads}, bottleneck={self.bottleneck}, '
-            f'beta={self.beta:g}, memory_decay={self.memory_decay:g}, balance_weight={self.balance_weight:g}, '
-            f'retrieval_steps={self.retrieval_steps}, write_mode={self.write_mode!r}, write_grad={self.write_grad}'
+            f'memory_decay={self.memory_decay:g}, balance_weight={self.balance_weight:g}, '
+            f'write_mode={self.write_mode!r}, write_grad={self.write_grad}'
         )
 
 
-def _check_arguments(
-    num_slots: int,
-    slot_dim: int,
-    write_heads: int,
-    bottleneck: int,
-    beta: float,
-    memory_decay: float,
-    balance_weight: float,
-    retrieval_steps: int,
-    write_mode: str,
-) -> None:
-    counts = {
-        'num_slots': num_slots,
-        'slot_dim': slot_dim,
-        'write_heads': write_heads,
-        'bottleneck': bottleneck,
-        'retrieval_steps': retrieval_steps,
-    }
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f'{name} must be an integer of at least 1, got {value!r}; leave it out for the default')
-    if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
-        raise ValueError(f'beta must be a finite number above 0, got {beta!r}; the paper uses 1.0')
-    if not (isinstance(memory_decay, (int, float)) and 0 <= memory_decay <= 1):
-        raise ValueError(f'memory_decay must lie in [0, 1], got {memory_decay!r}; the paper uses 0.9')
-    if not (isinstance(balance_weight, (int, float)) and 0 <= balance_weight < math.inf):
-        raise ValueError(
-            f'balance_weight must be a finite number of at least 0, got {balance_weight!r}; 0 turns it off'
-        )
-    if write_mode not in WRITE_MODES:
-        raise ValueError(f'write_mode must be one of {WRITE_MODES}, got {write_mode!r}')
+def _call(layer: Any, x: Tensor) -> Tensor:
+    """A layer in the dtype of its input, which is wider than that of its parameters in a narrow model."""
+    if not is_plain(layer):
+        return layer(x.to(next(layer.parameters()).dtype)).to(x.dtype)
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
+    return F.linear(x, layer.weight.to(x.dtype))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and low <= value <= high
+
+
+_COUNT = (_is_count, 'an integer of at least 1, got {!r}; leave it out for the default')
+# What each argument must be, and how an error says it.
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(('num_slots', 'slot_dim', 'write_heads', 'bottleneck', 'retrieval_steps'), _COUNT),
+    'beta': (
+        lambda x: _is_number(x, 0, math.inf) and 0 < x < math.inf,
+        'a finite number above 0, got {!r}; the paper uses 1.0',
+    ),
+    'memory_decay': (lambda x: _is_number(x, 0, 1), 'in [0, 1], got {!r}; the paper uses 0.9'),
+    'balance_weight': (
+        lambda x: _is_number(x, 0, math.inf) and x < math.inf,
+        'a finite number of at least 0, got {!r}; 0 turns it off',
+    ),
+    'write_mode': (lambda x: x in WRITE_MODES, f'one of {WRITE_MODES}, got {{!r}}'),
+}
+
+
+def _check_limits(layer: GlobalWorkspace) -> None:
+    for name, (is_allowed, expected) in LIMITS.items():
+        value = getattr(layer, name)
+        if not is_allowed(value):
+            raise ValueError(f'{name} must {"lie " if expected.startswith("in ") else "be "}{expected.format(value)}')

@@ -1,0 +1,222 @@
+"""The factor by which a training loop has multiplied its loss, read off the operations that lead to the loss.
+
+A loop multiplies for two reasons, which look alike: to scale the loss (accumulation steps, a gradient scaler), which the
+balance loss must follow, and to weigh or average terms inside the loss, which it must not. The rules:
+
+- a tensor of one element that was computed from larger outputs is a loss of scale 1;
+- ``loss / n`` and ``loss * tensor`` scale; ``loss * number`` scales too, unless the product becomes a term of a sum;
+- a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b`` has 1, ``0.3 * a + 0.7 * b`` has 1;
+- the first division of a sum over elements takes their mean: ``cross_entropy(..., reduction='sum') / B`` has 1, and 1/4
+  where the number is four times as large;
+- n losses of one kind, summed and divided by n, are averaged: ``(cross_entropy(x, y) + cross_entropy(x.T, y)) / 2`` has 1;
+- the sign does not matter, nor what is added that is no loss.
+
+What cannot be told apart counts as scaling.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from itertools import count
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ['Forward', 'Loss', 'Track', 'follow']
+
+# Names of torch functions and of the operators of tensors, without underscores, by what they do to a loss.
+OPERATIONS = {
+    **dict.fromkeys(('mul', 'rmul', 'imul', 'multiply'), 'mul'),
+    **dict.fromkeys(('div', 'truediv', 'itruediv', 'true_divide', 'divide'), 'div'),
+    **dict.fromkeys(('add', 'radd', 'iadd', 'sub', 'rsub', 'isub', 'subtract'), 'add'),
+}
+# These return the same numbers, elsewhere or in another order. They do not make a loss another kind of loss.
+MOVES = frozenset(
+    'clone contiguous to float double half bfloat16 cpu cuda view view_as reshape flatten unflatten squeeze unsqueeze '
+    'expand expand_as get t transpose permute movedim flip roll getitem select narrow index_select split chunk unbind '
+    'neg stack cat'.split()
+)
+_numbers = count()
+
+
+class Forward:
+    """One forward of a model.
+
+    Attributes:
+        counted: Parts of the loss whose backward pass has added the balance loss; empty before that.
+    """
+
+    def __init__(self) -> None:
+        self.counted: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of a loss.
+
+    Attributes:
+        kind: The operations that computed it.
+        forwards: The forwards behind it.
+        scale: Product of the numbers that divided it, inverted.
+        weight: Product of the numbers that multiplied it.
+        factor: Product of the tensors that multiplied it; None for 1.
+        summed: Where it is a sum that was not averaged yet: how many elements, and how many items (samples) they are of.
+        is_sum_of_losses: Whether these elements are losses.
+    """
+
+    kind: tuple[str, ...]
+    forwards: frozenset[Forward]
+    scale: float = 1.0
+    weight: float = 1.0
+    factor: Tensor | None = None
+    summed: tuple[int, int] | None = None
+    is_sum_of_losses: bool = False
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, as the sum of its terms.
+
+    Attributes:
+        terms: At least one.
+        parts: Numbers of all the losses that it was computed from.
+    """
+
+    terms: tuple[Term, ...]
+    parts: frozenset[int] = field(default_factory=lambda: frozenset({next(_numbers)}))
+
+    def scale(self, grad: Tensor) -> float | Tensor:
+        """Factor of the balance loss in a backward pass.
+
+        Args:
+            grad: The gradient of what the pass began with, by this loss: one element.
+
+        Returns:
+            A number or (); 0 where a pass from another loss has counted the balance loss of every forward.
+        """
+        if all(forward.counted and not forward.counted & self.parts for forward in self._forwards()):
+            return 0.0
+        term = _merge(self.terms)
+        scale = grad.detach().float().sum() * (term.scale * term.weight)
+        return scale if term.factor is None else scale * term.factor.to(scale.device)
+
+    def count(self) -> None:
+        """Note that the running backward pass adds the balance loss."""
+        for forward in self._forwards():
+            if not forward.counted:
+                forward.counted = self.parts
+
+    def _forwards(self) -> frozenset[Forward]:
+        return frozenset().union(*(term.forwards for term in self.terms))
+
+    def scaled(self, by: float | Tensor, is_division: bool) -> 'Loss':
+        """The loss times ``by``, or divided by it."""
+        if isinstance(by, Tensor):
+            return self if by.requires_grad or by.numel() != 1 else self._scaled_by_tensor(by.detach(), is_division)
+        by, term = abs(float(by)), _merge(self.terms)
+        divisor = by if is_division else (1 / by if by else math.inf)
+        if divisor in (0.0, math.inf):
+            return replace(self, terms=(replace(term, weight=0.0 if divisor else term.weight),))
+        if term.summed and divisor > 1:
+            elements, items = term.summed
+            if not term.is_sum_of_losses or math.isclose(divisor, elements):
+                times = divisor / items
+                is_multiple = times >= 1 and math.isclose(times, round(times)) and not math.isclose(divisor, elements)
+                scale = term.scale / (times if is_multiple else 1)
+                return replace(self, terms=(replace(term, scale=scale, summed=None),))
+        changed = replace(term, scale=term.scale / by) if is_division else replace(term, weight=term.weight * by)
+        return replace(self, terms=(changed,))
+
+    def _scaled_by_tensor(self, by: Tensor, is_division: bool) -> 'Loss':
+        by, term = by.reshape(()).abs(), _merge(self.terms)
+        if is_division and term.summed and not term.is_sum_of_losses:
+            elements, items = term.summed
+            is_multiple = (by % items == 0) & (by != elements) & (not by.is_floating_point())
+            factor = torch.where(is_multiple, items / by, 1.0)
+            term = replace(term, summed=None)
+        else:
+            factor = 1 / by if is_division else by.float()
+        factor = factor if term.factor is None else factor * term.factor.to(factor.device)
+        return replace(self, terms=(replace(term, factor=factor),))
+
+
+@dataclass(frozen=True)
+class Track:
+    """What is known of a tensor that was computed from outputs of a model.
+
+    Attributes:
+        forwards: The forwards behind it.
+        kind: The operations that computed it.
+        loss: None for what is no loss yet.
+    """
+
+    forwards: frozenset[Forward]
+    kind: tuple[str, ...] = ()
+    loss: Loss | None = None
+
+
+def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[Any], result: Tensor) -> Track:
+    """What is known of the result of an operation.
+
+    Args:
+        name: Of the operation.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        tracked: Those among them that have a ``track``, at least one.
+        result: A floating-point tensor.
+    """
+    op = OPERATIONS.get(name.strip('_'), name.strip('_'))
+    forwards = frozenset().union(*(x.track.forwards for x in tracked))
+    kind = tuple(dict.fromkeys(step for x in tracked for step in x.track.kind))
+    losses = [x.track.loss for x in tracked if x.track.loss is not None]
+    if losses:
+        loss = losses[0] if len(losses) == 1 else _sum(losses)
+        others = [x for x in (*args, *kwargs.values()) if isinstance(x, (Real, Tensor)) and not hasattr(x, 'track')]
+        is_inverse = op == 'div' and others and args and others[0] is args[0]  # number / loss
+        if op in ('mul', 'div') and len(losses) == len(others) == 1 and not is_inverse:
+            loss = loss.scaled(others[0], is_division=op == 'div')
+        elif op == 'mean':
+            loss = loss.scaled(tracked[0].numel(), is_division=True)
+        return Track(forwards, kind, loss)
+    kind = kind if op in MOVES else (*kind, op)
+    if result.numel() > 1 or (tracked[0].numel() == 1 and (op in MOVES or op in ('mul', 'div', 'add'))):
+        return Track(forwards, kind)
+    summed = None
+    if op == 'sum' or kwargs.get('reduction') == 'sum':
+        labels = [x for x in args[1:2] if isinstance(x, Tensor) and not x.is_floating_point()]
+        items = labels[0].numel() if labels else tracked[0].shape[0] if tracked[0].ndim else 1
+        summed = (tracked[0].numel(), max(items, 1))
+    return Track(forwards, kind, Loss((Term(kind, forwards, summed=summed),)))
+
+
+def _sum(losses: list[Loss]) -> Loss:
+    terms = tuple(term for loss in losses for term in loss.terms)
+    return Loss(terms, frozenset().union(*(loss.parts for loss in losses)))
+
+
+def _merge(terms: tuple[Term, ...]) -> Term:
+    """The terms of a sum as one: the scale that they share."""
+    first, n = terms[0], len(terms)
+    if n == 1:
+        return first
+    is_one_forward = all(term.forwards == first.forwards for term in terms)
+    is_alike = is_one_forward and all(term.kind == first.kind for term in terms)
+    weights = [term.weight for term in terms]
+    is_even = all(math.isclose(term.scale * term.weight, first.scale * first.weight) for term in terms)
+    merged = Term(
+        kind=tuple(dict.fromkeys(step for term in terms for step in term.kind)),
+        forwards=frozenset().union(*(term.forwards for term in terms)),
+        scale=max(term.scale for term in terms),
+        weight=weights[0] if len(set(weights)) == 1 else 1.0 if is_one_forward else max(weights),
+        factor=next((term.factor for term in terms if term.factor is not None), None),
+        summed=first.summed if len({term.summed for term in terms}) == 1 else None,
+        is_sum_of_losses=first.is_sum_of_losses,
+    )
+    if is_one_forward and math.isclose(sum(weights), 1):
+        return replace(merged, weight=1.0)
+    if is_alike and is_even and math.isclose(n * first.scale * first.weight, 1):
+        return replace(merged, scale=1.0, weight=1.0)
+    if is_alike and is_even and not merged.summed:
+        return replace(merged, summed=(n, n), is_sum_of_losses=True)
+    return merged

@@ -1,0 +1,333 @@
+"""The Associative Transformer: timm's VisionTransformer with a global workspace as the feed-forward part of its blocks.
+
+Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv.org/abs/2309.12862
+"""
+
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, to_2tuple
+from timm.models import checkpoint, register_notrace_module
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from .balance import plain, track
+from .fused import FusedWorkspace
+from .layers import is_plain
+from .workspace import WORKSPACE_ARGS, GlobalWorkspace, MemoryWrite
+
+__all__ = ['AssociativeBlock', 'AssociativeTransformer', 'NormalizedPatchEmbed']
+
+register_notrace_module(GlobalWorkspace)
+register_notrace_module(FusedWorkspace)
+
+
+@register_notrace_module
+class NormalizedPatchEmbed(PatchEmbed):
+    """The paper's stem: cut into patches, LayerNorm over the raw patch, Linear, LayerNorm.
+
+    ``proj`` has the shape of a convolution, (E, C, P, P), so that timm can adapt it to other channel counts. A patch is
+    read in the same order, (C, P, P). The authors read (P, P, C): `convert.py` permutes their weights.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] | None = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        dynamic_img_pad: bool = False,
+        strict_img_size: bool = True,
+        output_fmt: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if dynamic_img_pad or output_fmt is not None or not strict_img_size:
+            raise ValueError('NormalizedPatchEmbed takes images of one size: leave dynamic_img_size and _pad at False')
+        super().__init__(
+            img_size, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, bias=bias, device=device, dtype=dtype
+        )
+        patch_dim = in_chans * self.patch_size[0] * self.patch_size[1]
+        self.patch_norm = nn.LayerNorm(patch_dim, device=device, dtype=dtype)
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image size. The patch size stays, since the norm over the pixels of a patch depends on it."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            raise ValueError(
+                f'the stem normalises patches of {self.patch_size}, got patch_size={patch_size}; '
+                'create the model with the patch size that you want'
+            )
+        super().set_input_size(img_size=img_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        if (H, W) != self.img_size:
+            raise ValueError(
+                f'expected images of {self.img_size}, got {(H, W)}; resize them or create the model with img_size='
+            )
+        x = F.unfold(x, kernel_size=self.patch_size, stride=self.patch_size)  # (B, C, H, W) -> (B, C*P*P, N)
+        x = self.patch_norm(x.transpose(1, 2))  # (B, C*P*P, N) -> (B, N, C*P*P)
+        if torch.jit.is_scripting():
+            return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))
+        elif is_plain(self.proj):  # noqa: RET505  TorchScript leaves out what stands after an else
+            return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, C*P*P) -> (B, N, E)
+        else:
+            patches = x.reshape(-1, C, *self.patch_size)  # (B, N, C*P*P) -> (B*N, C, P, P)
+            return self.norm(self.proj(patches).view(B, x.shape[1], -1))  # (B*N, E, 1, 1) -> (B, N, E)
+
+
+class AssociativeBlock(Block):
+    """timm's pre-norm block around a :class:`GlobalWorkspace`.
+
+    With gradient checkpointing the block recomputes itself: the memory before the write is an input of what the backward
+    pass repeats, and the write itself happens once.
+    """
+
+    grad_checkpointing: bool = False
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``x <- x + attention(LN(x))``, then ``x <- x + workspace(LN(x))``: (B, N, E) -> (B, N, E)."""
+        if not torch.jit.is_scripting():
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                return self.forward_checkpointed(x, attn_mask, is_causal)
+        x = self.attend(x, attn_mask, is_causal)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """``x + attention(LN(x))``: (B, N, E) -> (B, N, E)."""
+        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+
+    def forward_checkpointed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """:meth:`forward`, which saves its inputs alone for the backward pass."""
+        if not self.mlp.is_writing():
+            return checkpoint(super().forward, x, attn_mask, is_causal)
+        new, *write = checkpoint(self.step, x, self.mlp.memory.clone(), attn_mask, is_causal)
+        self.mlp.store(MemoryWrite(*write), x)
+        return new
+
+    def step(self, x: Tensor, memory: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, ...]:
+        """The block as a function of tokens (B, N, E) and memory (M, D): new tokens, and the parts of the write."""
+        x = self.attend(x, attn_mask, is_causal)
+        update, write = self.mlp.step(self.norm2(x), memory)
+        return x + self.drop_path2(self.ls2(update)), *write
+
+
+def _renamed(function: FunctionType, name: str) -> Any:
+    """A copy of a function under another name. TorchScript knows no super(), and finds a method by its own name."""
+    copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__)
+    copy.__annotations__ = function.__annotations__
+    return copy
+
+
+class AssociativeTransformer(VisionTransformer):
+    """Associative Transformer (AiT).
+
+    Everything but the workspace is timm's VisionTransformer, whose arguments it takes beside its own. The keywords of
+    :class:`GlobalWorkspace` in ``WORKSPACE_ARGS`` go to the workspaces of all blocks.
+
+    In training mode a backward pass adds the gradient of the balance loss to that of any loss, see `balance.py`.
+    ``model.auto_balance = False`` turns that off. A subclass with another ``workspace_layer`` has other workspaces.
+
+    Args:
+        img_size: As in timm.
+        patch_size: As in timm.
+        global_pool: One of timm's, or 'flatten': the classifier reads all tokens side by side, as in the paper.
+        fc_norm: As in timm; with 'flatten' a LayerNorm over the flattened tokens unless False.
+        weight_init: As in timm; 'skip' leaves PyTorch's own initialisation, which is the authors'.
+        **vit_args: Keywords of the workspaces, and of ``VisionTransformer``, which raises TypeError for unknown ones.
+
+    Raises:
+        ValueError: For an argument out of range or sizes that do not fit together.
+    """
+
+    workspace_layer: type[GlobalWorkspace] = GlobalWorkspace
+    run_blocks = _renamed(VisionTransformer.forward_features, 'run_blocks')
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        global_pool: str = 'token',
+        fc_norm: bool | None = None,
+        weight_init: str = '',
+        **vit_args: Any,
+    ) -> None:
+        _check_divisible(img_size, patch_size, vit_args.get('dynamic_img_pad', False))
+        flatten = global_pool == 'flatten'
+        if flatten:
+            _check_fixed_tokens(vit_args.get('dynamic_img_size', False), vit_args.get('patch_drop_rate', 0.0))
+        workspace_args = {name: vit_args.pop(name) for name in WORKSPACE_ARGS if name in vit_args}
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            global_pool='' if flatten else global_pool,
+            fc_norm=False if flatten else fc_norm,
+            weight_init='skip',
+            block_fn=AssociativeBlock,
+            mlp_layer=partial(self.workspace_layer, **workspace_args),
+            **vit_args,
+        )
+        if flatten:
+            self._flatten_tokens(norm=fc_norm is not False)
+        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
+        self.init_weights(needs_reset=False)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Classify images (B, C, H, W): logits (B, num_classes)."""
+        if torch.jit.is_scripting():
+            return self.forward_head(self.run_blocks(x, attn_mask, is_causal))
+        else:  # noqa: RET505  TorchScript leaves out what stands after an else
+            x = plain(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+            return self._track(self.forward_head(x))
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens (B, N, E) of images (B, C, H, W), after all blocks and the final norm."""
+        self._check_input(x)
+        return self._track(self.run_blocks(_without_subclass(x), attn_mask=attn_mask, is_causal=is_causal))
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The outputs of several blocks, with the arguments and results of timm's method of this name."""
+        self._check_input(x)
+        return self._track(super().forward_intermediates(_without_subclass(x), *args, **kwargs))
+
+    def _track(self, outputs: Any) -> Any:
+        """Outputs such that a loss computed from them tells by which factor the training loop scales it."""
+        if not self.training or not torch.is_grad_enabled() or _is_exporting():
+            return outputs
+        return track(outputs) if any(block.mlp.adds_balance_loss() for block in self.blocks) else outputs
+
+    @property
+    def auto_balance(self) -> bool:
+        """Whether a backward pass adds the gradient of the balance loss by itself."""
+        return all(getattr(block.mlp, 'auto_balance', True) for block in self.blocks)
+
+    @auto_balance.setter
+    def auto_balance(self, is_automatic: bool) -> None:
+        for block in self.blocks:
+            block.mlp.auto_balance = is_automatic
+
+    __jit_unused_properties__ = ('auto_balance',)
+
+    def balance_loss(self) -> Tensor:
+        """Balance loss () of the last training forward: weighted, summed over blocks, differentiable.
+
+        Whoever adds it to a loss himself gets it once: such a backward pass does not add it a second time.
+        """
+        return torch.stack([block.mlp.balance_loss() for block in self.blocks]).sum()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn gradient checkpointing on or off. The flag lives in the blocks, each of which recomputes itself."""
+        for block in self.blocks:
+            block.grad_checkpointing = enable
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, and the pooling where ``global_pool`` names another ('flatten' included)."""
+        is_flat = self.global_pool == 'flatten'
+        flatten = is_flat if global_pool is None else global_pool == 'flatten'
+        if flatten and not is_flat:
+            _check_fixed_tokens(dynamic_img_size=self.dynamic_img_size)
+            if not isinstance(self.fc_norm, nn.Identity):  # type: ignore[has-type]
+                self.norm = self.fc_norm  # type: ignore[has-type]  # as at creation: the final norm stands before the tokens are flattened
+            self._flatten_tokens(norm=True)
+        elif is_flat and not flatten:
+            self.fc_norm = nn.Identity()  # the norm over the flattened tokens goes with them
+            self.pool_include_prefix = False
+            self.num_features = self.head_hidden_size = self.embed_dim
+        super().reset_classifier(num_classes, '' if flatten else global_pool)  # notes the norms, for saved models
+        if flatten:
+            self._flatten()
+        like = self.patch_embed.proj.weight
+        dd = {'device': like.device, 'dtype': like.dtype}
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self._set_mode_of_head()
+
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Change image or patch size as timm does; a classifier over flattened tokens is tied to their number."""
+        new_img, new_patch = img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size
+        _check_divisible(new_img, new_patch, self.patch_embed.dynamic_img_pad)
+        (h, w), (p, q) = to_2tuple(new_img), to_2tuple(new_patch)
+        is_resized = self.global_pool == 'flatten' and (h // p) * (w // q) != self.patch_embed.num_patches
+        if is_resized and self.num_classes > 0:
+            raise ValueError(
+                f'the classifier reads {self.patch_embed.num_patches} flattened tokens, img_size={new_img} with '
+                f'patch_size={new_patch} gives {(h // p) * (w // q)}; create the model with img_size={new_img}, or '
+                "leave 'flatten' first: reset_classifier(num_classes, global_pool='avg')"
+            )
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        if is_resized:  # no classifier, but a norm over the flattened tokens
+            is_trained = all(p.requires_grad for p in self.fc_norm.parameters())
+            self._flatten_tokens(norm=isinstance(self.fc_norm, nn.LayerNorm))
+            self.fc_norm.requires_grad_(is_trained)
+            self._set_mode_of_head()
+
+    def _flatten_tokens(self, norm: bool) -> None:
+        """Make the classifier read all tokens side by side: (B, N, E) -> (B, N*E)."""
+        like = self.patch_embed.proj.weight
+        dd = {'device': like.device, 'dtype': like.dtype}
+        width = (self.patch_embed.num_patches + self.num_prefix_tokens) * self.embed_dim
+        self.fc_norm = nn.LayerNorm(width, **dd) if norm else nn.Identity()  # type: ignore[assignment]
+        self.head_hidden_size = width
+        self.head = nn.Linear(width, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
+        self._flatten()
+
+    def _flatten(self) -> None:
+        """Flatten in the place of timm's pooling."""
+        self.global_pool = 'flatten'
+        self.attn_pool, self.pool_include_prefix = nn.Flatten(1), True  # timm's place for a pooling module
+        # timm: num_features is what a model without classifier hands on
+        self.num_features = self.embed_dim if self.num_classes > 0 else self.head_hidden_size
+
+    def _set_mode_of_head(self) -> None:
+        """Put what was made anew for the head in the mode of the model."""
+        for module in (self.attn_pool, self.fc_norm, self.head):
+            if module is not None:
+                module.train(self.training)
+
+    def _check_input(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and (x.ndim != 4 or x.shape[1] != self.in_chans):
+            raise ValueError(
+                f'expected images of shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}; '
+                'convert them or create the model with in_chans='
+            )
+
+
+def _check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], padded: bool) -> None:
+    (h, w), (p, q) = to_2tuple(img_size), to_2tuple(patch_size)
+    if not padded and (h % p or w % q):
+        raise ValueError(
+            f'img_size must be divisible by patch_size, got {(h, w)} and {(p, q)}; '
+            f'the nearest sizes below are {(h // p * p, w // q * q)}'
+        )
+
+
+def _check_fixed_tokens(dynamic_img_size: bool, patch_drop_rate: float = 0.0) -> None:
+    if dynamic_img_size or patch_drop_rate > 0:
+        raise ValueError(
+            f"global_pool='flatten' needs a fixed number of tokens, got dynamic_img_size={dynamic_img_size} and "
+            f"patch_drop_rate={patch_drop_rate:g}; leave them out, or take global_pool='avg'"
+        )
+
+
+def _is_exporting() -> bool:
+    # torch.compiler.is_exporting() reads this flag, but the compiler of torch 2.9 takes it for true in any graph.
+    is_exporting = bool(torch.compiler._is_exporting_flag)
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or is_exporting
+
+
+def _without_subclass(x: Tensor) -> Tensor:
+    """Images without what a subclass of a tensor adds (fastai's, MONAI's, torchvision's): operations would copy it."""
+    is_annotated = type(x) not in (Tensor, nn.Parameter) and isinstance(x, Tensor)
+    is_other_storage = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ if is_annotated else False
+    return x.as_subclass(Tensor) if is_annotated and not is_other_storage else x
