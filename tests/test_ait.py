@@ -231,9 +231,9 @@ def test_every_parameter_that_is_not_frozen_gets_a_gradient(layout: str, kwargs:
 def test_the_balance_loss_is_summed_over_blocks_weighted_and_plain() -> None:
     model, twice = make_model(), make_model(balance_weight=0.02)
     assert model.balance_loss().item() == 0
-    model(images())
-    twice(images())
+    outputs = model(images()), twice(images())
     loss = model.balance_loss()
+    assert all(x.requires_grad for x in outputs)
     assert type(loss) is Tensor
     assert loss.shape == ()
     assert loss.requires_grad

@@ -1,6 +1,5 @@
 """DistributedDataParallel on gloo processes: one memory, the right gradients, one collective."""
 
-import copy
 import os
 import tempfile
 import traceback
@@ -17,8 +16,8 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from timm_ait import AssociativeTransformer, synchronize_memory
-from timm_ait.distributed import merge_messages
+from timm_ait import AssociativeTransformer
+from timm_ait.distributed import merge_heads
 
 B, CLASSES = 5, 7
 Check = Callable[[int, int], None]
@@ -164,16 +163,16 @@ def check_nan_on_all_ranks_keeps_the_memory(rank: int, world: int) -> None:
 
 
 @on_every_rank
-def check_a_step_takes_one_collective_and_evaluation_none(rank: int, world: int) -> None:
+def check_a_step_takes_one_collective_a_layer_and_evaluation_none(rank: int, world: int) -> None:
     calls = []
     gather = dist.all_gather_into_tensor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, 'all_gather_into_tensor', lambda out, x: (calls.append(x.numel()), gather(out, x))[1])
         model = make_model(depth=3)
         model(batch(rank)[0])
-        assert calls == [3 * 4 * 16 * (16 + 1)]  # L, S, M, D + 1
+        assert calls == 3 * [4 * 16 * (16 + 1)]  # S, M, D + 1
         model.eval()(batch(rank)[0])
-        assert len(calls) == 1
+        assert len(calls) == 3
 
 
 @on_every_rank
@@ -243,17 +242,9 @@ def test_on_gloo(reports: tuple[int, Path], name: str) -> None:
         assert file.read_text() == 'passed', file.read_text()
 
 
-def test_merged_messages_are_one_attention_over_all_tokens() -> None:
+def test_the_merged_heads_of_all_ranks_are_one_attention_over_all_tokens() -> None:
     """Hand-computed: masses 1 and 3 give shares 1/4 and 3/4; a rank without mass counts for nothing."""
-    messages = torch.tensor([0.0, 4.0, torch.nan]).view(3, 1, 1, 1)
-    log_mass = torch.tensor([1.0, 3.0, 0.0]).log().view(3, 1, 1)
-    torch.testing.assert_close(merge_messages(messages, log_mass), torch.tensor([[[3.0]]]))
-    assert merge_messages(messages[2:], log_mass[2:]).isnan().all()
-
-
-def test_alone_there_is_nothing_to_synchronise() -> None:
-    model = make_model()
-    model(batch(0)[0])
-    before = copy.deepcopy(model.state_dict())
-    synchronize_memory(model)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    heads = torch.tensor([0.0, 4.0, torch.nan]).view(3, 1, 1, 1)
+    lse = torch.tensor([1.0, 3.0, 0.0]).log().view(3, 1, 1)
+    torch.testing.assert_close(merge_heads(heads, lse), torch.tensor([[[3.0]]]))
+    assert merge_heads(heads[2:], lse[2:]).isnan().all()

@@ -141,7 +141,7 @@ def test_the_gradient_of_w_q_is_that_of_finite_differences(
     if not write_grad:
         for block in model.blocks:
             held = block.mlp.memory.clone()
-            monkeypatch.setattr(block.mlp, 'ewma', lambda memory, message, held=held: held)
+            monkeypatch.setattr(block.mlp, 'update', lambda memory, heads, held=held: held)
     torch.manual_seed(0)
     for block in model.blocks:
         weight = block.mlp.query.weight

@@ -99,11 +99,13 @@ def test_a_gradient_that_is_one_number_expanded_is_taken(num_tokens: int) -> Non
 
 def test_no_gradient_is_computed_that_nobody_asks_for(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    for name in ('gather', 'scatter', 'sample'):
-        monkeypatch.setattr(selection, name, lambda *_, name=name: called.append(name))
-    logits, _ = top_logits(draw(Q, E).detach(), draw(num_tokens, E), K)
+    for name in ('_by_weights', '_by_y', '_by_x'):
+        function = getattr(selection, name)
+        monkeypatch.setattr(selection, name, lambda *args, f=function: called.append(f.__name__) or f(*args))
+    logits, chosen = top_logits(draw(Q, E).detach(), draw(num_tokens, E), K)
     logits.sum().backward()
-    assert called == ['scatter']
+    gather(draw(Q, K), chosen, draw(num_tokens, E).detach()).sum().backward()
+    assert called == ['_by_x', '_by_y', '_by_weights']
 
 
 def test_compiled_they_are_dense_and_the_same(num_tokens: int) -> None:

@@ -19,8 +19,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_ait import GlobalWorkspace, hopfield_energy
-from timm_ait.hopfield import hopfield_retrieval
-from timm_ait.workspace import balance_loss, bottleneck, squash
+from timm_ait.hopfield import HopfieldRetrieval
+from timm_ait.workspace import Selection, load_balance_loss, squash
 
 B, N, E, H = 2, 11, 17, 19  # images, tokens, width, hidden width
 M, D, S, K = 7, 13, 3, 5  # slots, width of a slot, write heads, bottleneck
@@ -32,7 +32,9 @@ WRITE = {'query.weight', 'key.weight', 'value.weight', 'proj.weight', 'write_nor
 def make_layer(**kwargs: Any) -> GlobalWorkspace:
     torch.manual_seed(1)
     sizes = dict(in_features=E, hidden_features=H, num_slots=M, slot_dim=D, write_heads=S, bottleneck=K)
-    return GlobalWorkspace(**dict(sizes, **kwargs)).train()
+    layer = GlobalWorkspace(**dict(sizes, **kwargs)).train()
+    layer.auto_balance = False  # these tests add the balance loss themselves
+    return layer
 
 
 def tokens(seed: int = 0, images: int = B, length: int = N, width: int = E) -> Tensor:
@@ -58,10 +60,14 @@ def test_squash_lines_up_the_tokens_image_by_image() -> None:
 def test_a_slot_attends_to_the_softmax_of_its_k_best_tokens() -> None:
     h = torch.zeros(4, 4)
     h[:, 0] = torch.tensor([2.0, 0.0, 3.0, 1.0]).log().nan_to_num(neginf=-9.0)
-    gates, selected, log_mass = bottleneck(torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]), h, k=2)  # one head, one slot
-    torch.testing.assert_close(gates.flatten()[selected.flatten().argsort()], torch.tensor([2 / 5, 3 / 5]))
-    assert sorted(selected.flatten().tolist()) == [0, 2]
-    torch.testing.assert_close(log_mass, torch.tensor([[math.log(5)]]))
+    layer = GlobalWorkspace(4, num_slots=1, slot_dim=1, write_heads=1, bottleneck=2)
+    with torch.no_grad():
+        layer.query.weight.fill_(1.0)
+        layer.key.weight.copy_(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    gates, tokens, lse = layer.select(torch.ones(1, 1), h)
+    torch.testing.assert_close(gates.flatten()[tokens.flatten().argsort()], torch.tensor([2 / 5, 3 / 5]))
+    assert sorted(tokens.flatten().tolist()) == [0, 2]
+    torch.testing.assert_close(lse, torch.tensor([[math.log(5)]]))
 
 
 def test_a_folded_query_scores_a_token_as_its_key_would() -> None:
@@ -74,13 +80,15 @@ def test_a_folded_query_scores_a_token_as_its_key_would() -> None:
     torch.testing.assert_close(folded, torch.tensor([[[5.0, 21.0]]]))
 
 
-def test_a_message_is_the_value_of_what_was_read() -> None:
+def test_a_head_reads_the_values_of_its_tokens_weighted_by_its_gates() -> None:
     layer = GlobalWorkspace(1, num_slots=1, slot_dim=2, write_heads=2)
     with torch.no_grad():
         layer.value.weight.copy_(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
-    gates, selected = torch.tensor([[[0.25, 0.75]], [[1.0, 0.0]]]), torch.tensor([[[0, 2]], [[1, 0]]])  # (S, M, k)
-    message = layer.message(gates, selected, torch.tensor([[10.0], [-1.0], [20.0]]))
-    torch.testing.assert_close(message, torch.tensor([[[17.5, 35.0]], [[-3.0, -4.0]]]))  # read 17.5 and -1
+    gates, tokens = torch.tensor([[[0.25, 0.75]], [[1.0, 0.0]]]), torch.tensor([[[0, 2]], [[1, 0]]])  # (S, M, k)
+    h, expected = torch.tensor([[10.0], [-1.0], [20.0]]), torch.tensor([[[17.5, 35.0]], [[-3.0, -4.0]]])
+    selection = Selection(gates, tokens, torch.zeros(2, 1))
+    torch.testing.assert_close(layer.attend(selection, h), expected)  # read 17.5 and -1
+    torch.testing.assert_close(layer.attend(selection, h, values=layer.value(h)), expected)
 
 
 @pytest.mark.parametrize(
@@ -100,24 +108,25 @@ def test_a_message_is_the_value_of_what_was_read() -> None:
     ids=['crowded', 'spread', 'uneven', 'underflow', 'two heads'],
 )
 def test_the_balance_loss_of_two_tokens(gates: list[Any], chosen: list[Any], loss: float) -> None:
-    assert balance_loss(torch.tensor(gates), torch.tensor(chosen), num_tokens=2).item() == pytest.approx(loss)
+    selection = Selection(torch.tensor(gates), torch.tensor(chosen), torch.zeros(()))
+    assert load_balance_loss(selection, num_tokens=2).item() == pytest.approx(loss)
 
 
 def test_a_write_keeps_nine_tenths_and_normalises() -> None:
     layer = GlobalWorkspace(3, num_slots=1, slot_dim=2, write_heads=1)
     nn.init.eye_(layer.proj.weight)
-    memory, message = torch.tensor([[0.6, 0.8]]), torch.tensor([[[1.0, 0.0]]])
+    memory, heads = torch.tensor([[0.6, 0.8]]), torch.tensor([[[1.0, 0.0]]])
     # gamma_hat = LN((1.6, 0.8)) = (1, -1); 0.9 (0.6, 0.8) + 0.1 (1, -1) = (0.64, 0.62)
     expected = torch.tensor([[0.64, 0.62]]) / math.hypot(0.64, 0.62)
-    torch.testing.assert_close(layer.ewma(memory, message), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer.update(memory, heads), expected, rtol=0, atol=1e-6)
 
 
 def test_heads_stand_side_by_side_before_w_o() -> None:
     layer = GlobalWorkspace(3, num_slots=1, slot_dim=2, write_heads=2, memory_decay=0.0)
     with torch.no_grad():
         layer.proj.weight.copy_(torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))  # reads head 1 alone
-    message = torch.tensor([[[5.0, -5.0]], [[-7.0, 7.0]]])  # (S, M, D)
-    new = layer.ewma(torch.zeros(1, 2), message)
+    heads = torch.tensor([[[5.0, -5.0]], [[-7.0, 7.0]]])  # (S, M, D)
+    new = layer.update(torch.zeros(1, 2), heads)
     torch.testing.assert_close(new, torch.tensor([[-1.0, 1.0]]) / math.sqrt(2), rtol=0, atol=1e-6)
 
 
@@ -126,8 +135,10 @@ def test_retrieval_adds_the_softmax_of_attractors_step_by_step(steps: int, expec
     # from (1, 0), softmax(+-ln(3) / 2) = (3/4, 1/4) of the attractors (1, 0) and (-1, 0) gives 1/2
     base, h = torch.tensor([[[10.0, 20.0]]]), torch.tensor([[[1.0, 0.0]]])
     attractors = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    r = hopfield_retrieval(base, h, attractors, beta=math.log(3) / 2, steps=steps, scale=torch.tensor([2.0, 7.0]))
-    torch.testing.assert_close(r, torch.tensor([[[10 + 2 * expected, 20.0]]]))
+    retrieval = HopfieldRetrieval(beta=math.log(3) / 2, steps=steps)
+    for own in (attractors, attractors[None]):  # of all images, of each image
+        r = retrieval(base, h, own, scale=torch.tensor([2.0, 7.0]))
+        torch.testing.assert_close(r, torch.tensor([[[10 + 2 * expected, 20.0]]]))
 
 
 def test_slots_count_as_unit_rows_and_the_linear_transform_adds_its_bias() -> None:
@@ -135,7 +146,7 @@ def test_slots_count_as_unit_rows_and_the_linear_transform_adds_its_bias() -> No
     with torch.no_grad():
         layer.linear_transform.weight.copy_(torch.tensor([[2.0], [3.0]]))
         layer.linear_transform.bias.copy_(torch.tensor([0.5, 0.25]))
-    attractors = layer.attractors(torch.tensor([[5.0], [-0.1]]))
+    attractors = layer.attractors(torch.tensor([[5.0], [-0.1]]), torch.float32)
     torch.testing.assert_close(attractors, torch.tensor([[2.5, 3.25], [-1.5, -2.75]]))
 
 
@@ -168,7 +179,7 @@ def test_no_retrieval_step_raises_the_energy(slots: int, width: int, beta: float
     state = spread * torch.randn(5, 2, width, dtype=torch.float64)
     before = hopfield_energy(state, attractors, beta)
     for steps in (1, 2, 3):
-        retrieved = hopfield_retrieval(torch.zeros_like(state), state, attractors, beta, steps)
+        retrieved = HopfieldRetrieval(beta, steps)(torch.zeros_like(state), state, attractors)
         after = hopfield_energy(retrieved, attractors, beta)
         assert (after <= before + 1e-9 * (1 + before.abs())).all()
         before = after
@@ -259,6 +270,7 @@ def test_a_single_token_has_nothing_to_balance_and_finite_gradients() -> None:
 def test_gradients_through_write_and_retrieval_pass_gradcheck(kwargs: dict[str, Any]) -> None:
     torch.manual_seed(3)
     layer = GlobalWorkspace(3, 2, num_slots=2, slot_dim=3, write_heads=2, bottleneck=2, **kwargs).double().train()
+    layer.auto_balance = False
     names, params = zip(*layer.named_parameters(), strict=True)
     x, memory = tokens(images=2, length=2, width=3).double().requires_grad_(), layer.memory.clone()
 
@@ -301,7 +313,7 @@ def test_a_write_without_gradient_leaves_the_memory_and_the_output_as_with_it() 
     with_grad, without = make_layer(), make_layer(write_grad=False)
     assert torch.equal(with_grad(tokens()), without(tokens()))
     assert torch.equal(with_grad.memory, without.memory)
-    assert not without.last_write.memory.requires_grad
+    assert not without.step(tokens(), without.memory)[1].memory.requires_grad
 
 
 def test_two_forwards_before_one_backward_have_the_gradients_of_each() -> None:
@@ -338,7 +350,6 @@ def test_the_memory_is_written_when_the_mode_says_so(mode: str, training: bool, 
     with torch.set_grad_enabled(grad):
         layer(tokens())
     assert torch.equal(layer.memory, before) != writes
-    assert (layer.last_write is not None) == writes
     assert layer.balance_loss().item() > 0 if writes else layer.balance_loss().item() == 0
 
 
@@ -368,7 +379,6 @@ def test_an_overflow_inside_the_write_never_enters_the_memory() -> None:
     before = layer.memory.clone()
     layer.value.weight.data.mul_(1e38).mul_(1e4)
     layer(tokens())
-    assert layer.last_write.message.isnan().all()
     assert torch.equal(layer.memory, before)
 
 
@@ -420,7 +430,7 @@ def test_under_autocast_selection_softmax_and_memory_stay_in_float32(dtype: torc
     }
     assert set(dtypes) == {name for name, seen in dtypes.items() if seen == {torch.float32}}, dtypes
     gates = {d for name, shape, d in recorder.outputs if name == '_softmax' and shape[-1] == K}
-    assert gates == {layer.last_write.message.dtype} == {torch.float32}
+    assert gates == {torch.float32}
     assert dtype in {d for _, _, d in recorder.outputs}  # autocast did work elsewhere
     assert layer.memory.dtype == loss.dtype == torch.float32
     assert layer.memory.isfinite().all()
@@ -510,7 +520,7 @@ def test_a_copy_after_a_step_goes_on_alike_without_the_graph(copied: Any) -> Non
     train_step(layer, tokens())
     layer(tokens(1))  # whose graph is alive
     twin = copied(layer)
-    assert twin.last_write is None
+    assert twin.balance_loss().item() == 0
     assert torch.equal(twin(tokens(2)), layer(tokens(2)))
     assert torch.equal(twin.memory, layer.memory)
     assert twin.memory.data_ptr() != layer.memory.data_ptr()

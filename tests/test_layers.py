@@ -1,0 +1,60 @@
+"""The output norm under autocast, and which layers may be read without a call."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from timm_ait.layers import OutputNorm, is_plain
+
+N, E = 7, 5
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_the_output_norm_answers_in_the_dtype_of_its_input_under_autocast(dtype: torch.dtype) -> None:
+    norm, f = OutputNorm(E), draw(N, E).to(dtype)
+    with torch.autocast('cpu', dtype):
+        h = norm(f)
+    assert h.dtype == dtype
+    torch.testing.assert_close(h.float(), F.layer_norm(f.float(), (E,)), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize('make', [lambda: nn.Linear(3, 5), lambda: nn.LayerNorm(3), lambda: nn.Conv2d(2, 3, 5)])
+def test_pytorchs_own_layers_are_plain(make: Callable[[], nn.Module]) -> None:
+    assert is_plain(make())
+    assert is_plain(make().requires_grad_(False).to(torch.bfloat16), make())
+
+
+def replace_forward(layer: nn.Module) -> None:
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+
+
+CHANGES: dict[str, Callable[[nn.Linear], object]] = {
+    'a forward hook': lambda layer: layer.register_forward_hook(lambda *_: None),
+    'a hook before forward': lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    'a backward hook': lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    'a hook before backward': lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    'another forward': replace_forward,
+    'pruning': lambda layer: prune.l1_unstructured(layer, 'weight', amount=0.5),
+    'a parametrisation': parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_a_layer_that_somebody_has_changed_is_not_plain(change: Callable[[nn.Linear], object]) -> None:
+    layer = nn.Linear(3, 5)
+    change(layer)
+    assert not is_plain(layer)
+    assert not is_plain(nn.Linear(3, 5), layer)
+
+
+def test_a_layer_of_another_class_is_not_plain() -> None:
+    assert not is_plain(nn.Sequential(nn.Linear(3, 5)))
+    assert not is_plain(type('Own', (nn.Linear,), {})(3, 5))
