@@ -15,7 +15,7 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 
 from timm_ait import AssociativeTransformer
-from timm_ait.balance import CarrierTensor, carry_balance_loss
+from timm_ait.balance import TrackedTensor, track
 
 B, CLASSES = 6, 7
 Loss = Callable[[Tensor], Tensor]
@@ -192,7 +192,7 @@ def test_numbers_that_a_user_sees_are_ordinary() -> None:
     model = make_model()
     carried = model(IMAGES)
     plain = carried.detach()
-    assert type(carried) is CarrierTensor
+    assert type(carried) is TrackedTensor
     assert type(plain) is type(carried.data) is type(carried.argmax(-1)) is Tensor
     assert carried.norm().item() == plain.norm().item()
     assert repr(carried.norm().detach()) == repr(plain.norm())

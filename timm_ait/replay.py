@@ -7,9 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ['Replay']
+__all__ = ['Replay', 'snapshot']
 
 MOST_FORWARDS = 64  # between a forward and its backward pass
+
+
+def snapshot(memory: Tensor) -> Tensor:
+    """A copy of the memory before a write, which the backward pass reads.
+
+    NOTE A compiler takes a clone for something that it can compute again in the backward pass, and would then read the
+    memory after the write. It does not look into an operation of our own.
+    """
+    return torch.ops.timm_ait.snapshot(memory) if torch.compiler.is_compiling() else memory.clone()
+
+
+@torch.library.custom_op('timm_ait::snapshot', mutates_args=())
+def _snapshot(memory: Tensor) -> Tensor:
+    return memory.clone()
+
+
+@_snapshot.register_fake
+def _(memory: Tensor) -> Tensor:
+    return torch.empty_like(memory)
 
 
 class Replay:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .balance import plain, track
 from .fused import FusedWorkspace
 from .layers import is_plain
+from .replay import snapshot
 from .workspace import WORKSPACE_ARGS, GlobalWorkspace, MemoryWrite
 
 __all__ = ['AssociativeBlock', 'AssociativeTransformer', 'NormalizedPatchEmbed']
@@ -109,7 +110,7 @@ class AssociativeBlock(Block):
         """:meth:`forward`, which saves its inputs alone for the backward pass."""
         if not self.mlp.is_writing():
             return checkpoint(super().forward, x, attn_mask, is_causal)
-        new, *write = checkpoint(self.step, x, self.mlp.memory.clone(), attn_mask, is_causal)
+        new, *write = checkpoint(self.step, x, snapshot(self.mlp.memory), attn_mask, is_causal)
         self.mlp.store(MemoryWrite(*write), x)
         return new
 

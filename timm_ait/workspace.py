@@ -20,7 +20,7 @@ from .distributed import is_distributed, merge_ranks
 from .fused import FusedWorkspace
 from .hopfield import HopfieldRetrieval
 from .layers import OutputNorm, is_plain, without_autocast
-from .replay import Replay
+from .replay import Replay, snapshot
 from .selection import gather, top_logits
 
 __all__ = ['WORKSPACE_ARGS', 'GlobalWorkspace', 'MemoryWrite', 'Selection', 'load_balance_loss', 'squash']
@@ -209,7 +209,7 @@ class GlobalWorkspace(nn.Module):
         elif is_backward_running():
             return self.step(x, self.replay.memory_before(x))[0]
         else:
-            x_new, write = self.step(x, self.memory.clone())
+            x_new, write = self.step(x, snapshot(self.memory))
             self.store(write, x)
             return x_new
 
