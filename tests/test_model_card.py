@@ -41,7 +41,7 @@ def card(script: ModuleType) -> str:
 
 def test_the_card_in_the_repository_is_not_stale(script: ModuleType) -> None:
     assert script.CARD.read_text() == script.make_card(script.read_facts(script.RESULTS)), (
-        'MODEL_CARD.md is stale: python benchmarks/model_card.py'
+        'MODEL_CARD.md is out of date: run python benchmarks/model_card.py'
     )
 
 
@@ -53,7 +53,7 @@ def test_check_notices_a_stale_card_and_writing_cures_it(
         if content:
             script.CARD.write_text(content)
         monkeypatch.setattr(sys, 'argv', ['model_card.py', '--check'])
-        with pytest.raises(SystemExit, match=r'MODEL_CARD\.md is stale: python benchmarks/model_card\.py'):
+        with pytest.raises(SystemExit, match=r'MODEL_CARD\.md is out of date: run python benchmarks/model_card\.py'):
             script.main()
     monkeypatch.setattr(sys, 'argv', ['model_card.py'])
     script.main()
