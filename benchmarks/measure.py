@@ -2,16 +2,12 @@
 
 import ctypes
 import gc
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import timm
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -179,26 +175,6 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def environment() -> dict[str, Any]:
-    """Where and with what a table was measured."""
-    cpu = [line.split(':')[1].strip() for line in _read('/proc/cpuinfo').splitlines() if line.startswith('model name')]
-    git = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
-    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {
-        'cpu': f'{len(cpu)} x {cpu[0]}' if cpu else platform.processor(),
-        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        'system': platform.system(),
-        'python': platform.python_version(),
-        'torch': torch.__version__,
-        'timm': timm.__version__,
-        'commit': done.stdout.strip() or None,
-    }
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ''
 
 
 def table(rows: list[Row], peak_tflops: float | None = None) -> str:

@@ -8,7 +8,6 @@ floor, and of the memory traffic. A table, every round's numbers and a picture g
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -24,13 +23,13 @@ from measure import (
     Side,
     compare_bytes,
     draw,
-    environment,
     keep_freed_memory,
     peak_bytes,
     release,
     table,
     time_sides,
 )
+from record import write_record
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -221,11 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     depth = depth_cases(args) if 'depth' in args.rows else []
     rows = measure([*model_cases(args), *depth, *workspace_cases(args)])
     print(table(rows, args.peak_tflops))
-    args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    record = {**environment(), 'arguments': arguments, 'rows': [asdict(row) for row in rows]}
-    stem.with_suffix('.json').write_text(json.dumps(record, indent=1))
+    record = write_record(stem.with_suffix('.json'), vars(args), {'rows': [asdict(row) for row in rows]})
     title = f'{record["gpu"] if args.device == "cuda" else record["cpu"]}, {stem.name}, {record["commit"]}'
     draw(rows, title).savefig(stem.with_suffix('.png'), dpi=120)
 

@@ -1,6 +1,8 @@
-"""AiT that starts from the weights of a ViT: timm's repositories on the Hub, played by a small one on loopback."""
+"""An AiT that starts from the weights of a ViT. A small Hub on loopback stands for timm's repositories."""
 
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ from hub_child import Child, blobs
 from hub_server import LoopbackHub
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
 from timm_ait import ait
 from timm_ait.convert import choose_layers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import upcycle
 
 VIT = 'vit_base_patch16_224'
 MODELS = {'ait_vit_base_patch16_224': 12, 'ait_vit_medium_patch16_224': 6, 'ait_vit_small_patch16_224': 2}
@@ -64,7 +70,7 @@ def test_the_upcycled_models_logits_are_those_of_the_vit(remote: LoopbackHub, ch
 
 
 @torch.no_grad()
-def test_so_are_those_of_the_full_size_at_224_pixels(tmp_path: Path) -> None:
+def test_the_upcycled_models_logits_are_those_of_the_vit_at_full_size_and_224_pixels(tmp_path: Path) -> None:
     torch.manual_seed(5)
     vit = timm.create_model(VIT).eval()
     nn.init.normal_(vit.head.weight, std=0.1)
@@ -166,7 +172,7 @@ def test_fine_tuning_starts_at_the_vit_and_grows_the_workspace(tmp_path: Path) -
 def test_a_vit_of_another_shape_is_named_with_the_file(remote: LoopbackHub, child: Child, tmp_path: Path) -> None:
     said = child.fails('ait_vit_base_patch16_224', cache_dir=tmp_path, **dict(TOY, embed_dim=36), **MEMORY)
     assert re.search(
-        r'model\.safetensors: \S+ has the shape \(.*24.*\) in the checkpoint, \(.*36.*\) in the model', said
+        r'model\.safetensors: \S+ has the shape \(.*24.*\) in the checkpoint and \(.*36.*\) in the model', said
     )
 
 
@@ -190,3 +196,21 @@ def test_a_vits_file_is_held_to_the_hash_of_the_hub(remote: LoopbackHub, child: 
     remote.faults.clear()
     assert f'{BEST}/resolve/main/model.safetensors has the sha256' in said
     assert not blobs(tmp_path)
+
+
+def test_the_comparison_with_the_vit_runs_and_records_both(tmp_path: Path) -> None:
+    for split, count in (('train', 3), ('test', 2)):
+        for label in range(10):
+            (tmp_path / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / split / str(label) / f'{i}.png')
+    sizes = {'--pretrain-images': 2, '--finetune-images': 1, '--test-images': 2, '--batch-size': 5, '--seeds': 2}
+    args = [str(x) for pair in sizes.items() for x in pair]
+    upcycle.main([str(tmp_path), '--out', str(tmp_path / 'out'), '--epochs', '1', '1', '--threads', '1', *args])
+    record = json.loads((tmp_path / 'out' / 'upcycle.json').read_text())
+    assert (
+        record['vit'] == record['vit at the start'] == record['ait at the start']
+    )  # the AiT computes what the ViT does
+    assert {name: len(values) for name, values in record['finetuned'].items()} == {'vit': 2, 'ait': 2}
+    assert {'cpu', 'torch', 'timm', 'commit', 'arguments', 'seconds'} <= record.keys()
+    assert str(tmp_path) not in json.dumps(record['arguments']).replace(str(tmp_path / 'out'), '')
