@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-# Images (N, 3, H, W) with labels (N,) as their last tensor, or a data set of such items. Between the two may stand more
-# inputs of the model. Images are uint8, or floats that are normalised already.
+# Either tensors: images (N, 3, H, W) first, labels (N,) last, and other inputs of the model between them. Or a data set
+# with such items. Images are uint8, or floats that are already normalized.
 Data = tuple[Tensor, ...] | Dataset[Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the result of a training run, beside model and data.
+    """What decides the result of a training run, apart from model and data.
 
     Attributes:
         lr: Highest learning rate.
@@ -43,7 +43,7 @@ class Settings:
         flip: Mirror every image with probability 1/2.
         shift: Move every image by up to so many pixels in x and y; its edge is reflected.
         mean: Of the pixels, for each channel; pixels lie in 0..1.
-        std: Standard deviation of the pixels, likewise.
+        std: Standard deviation of the pixels, for each channel.
         seed: Of the order of the images, the augmentation and the model's dropout.
         bfloat16: Compute with bfloat16 autocast.
     """
@@ -121,7 +121,7 @@ def fit(
 
 
 class Run:
-    """The state of a training run, and its step."""
+    """A training run: its state, one step, and the way to save and load it."""
 
     def __init__(self, model: nn.Module, settings: Settings, steps: int, images: int) -> None:
         self.model, self.settings, self.steps = model.train(), settings, steps

@@ -20,7 +20,7 @@ from timm_ait.convert import choose_layers
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / 'MODEL_CARD.md'
 RESULTS = ROOT / 'benchmarks' / 'results' / 'weights.json'
-# Every published number must carry what is needed to measure it again.
+# What every published number must come with, so that it can be measured again.
 FACT = ('weights', 'data', 'metric', 'value', 'command', 'commit', 'seed', 'machine')
 VIT_DEPTH = 12
 
