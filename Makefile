@@ -1,5 +1,5 @@
-# Without PYTHON the targets make an environment of their own, .venv, and keep it in step with pyproject.toml.
-# With it (make test PYTHON=python) they use that Python's environment as it is.
+# Without PYTHON the targets create an environment, .venv, and update it when pyproject.toml changes.
+# With PYTHON, as in make test PYTHON=python, they use the environment of that Python without changing it.
 
 ifeq ($(origin PYTHON),undefined)
 PYTHON := .venv/bin/python
@@ -10,9 +10,9 @@ endif
 .PHONY: help demo test lint unit timm-suite clean
 
 help:
-	@echo 'make demo        fine-tune a small AiT on real digits, less than three minutes on two cores'
+	@echo 'make demo        fine-tune a small AiT on real digits, in less than three minutes on two cores'
 	@echo 'make test        lint, formatting, types and all tests'
-	@echo 'make timm-suite  the model tests of the installed timm alone, test by test'
+	@echo 'make timm-suite  the model tests of the installed timm alone'
 	@echo 'make clean       remove environments, caches and outputs'
 
 demo:

@@ -1,4 +1,4 @@
-"""What the workspace is measured against: a ViT that differs in the workspace alone, and the authors' way to write."""
+"""Models to compare with: a ViT that differs in the workspace alone, and the workspace as the authors compute it."""
 
 import timm
 import torch
@@ -10,9 +10,9 @@ from timm_ait import AssociativeTransformer, NormalizedPatchEmbed
 
 
 def vit_like(model: AssociativeTransformer) -> VisionTransformer:
-    """Return timm's VisionTransformer of the same stem, width, depth and head, with its plain Mlp.
+    """Build timm's VisionTransformer with the stem, width, depth and head of ``model``, and with a plain Mlp.
 
-    The models with a class token are timm's own ViT-B/16; those of the paper's layout are built from its class.
+    For a model with a class token this is timm's ViT-B/16. For one in the paper's layout it is built from timm's class.
     """
     depth = len(model.blocks)
     if model.global_pool != 'flatten':
@@ -41,18 +41,18 @@ def vit_like(model: AssociativeTransformer) -> VisionTransformer:
 
 
 class LoopedWorkspace(nn.Module):
-    """The workspace as the authors compute it: a loop over heads, gates dense over all tokens, a write in evaluation.
+    """The workspace as the authors compute it: a loop over heads, dense gates over all tokens, a write in evaluation.
 
-    Written from their algorithm for this comparison alone, with their detached memory. It is kind to them in one point:
-    their loop computes the logits of all heads anew in each turn, this one those of its head.
+    It follows their algorithm, detached memory included, and serves this comparison alone. It is faster than their code
+    in one point: in each turn of the loop they compute the logits of all heads, here only those of one head.
 
     Args:
-        in_features: E.
+        in_features: Width E of a token.
         hidden_features: Width of the feed-forward part.
-        num_slots: M.
-        slot_dim: D.
-        write_heads: S.
-        bottleneck: k.
+        num_slots: Memory slots M.
+        slot_dim: Width D of a slot.
+        write_heads: Heads S of the write.
+        bottleneck: Tokens k that a slot reads per head.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class LoopedWorkspace(nn.Module):
         self.loss = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Write the tokens (B, N, E) and read: (B, N, E)."""
+        """Write the tokens, then retrieve: (B, N, E) -> (B, N, E)."""
         h = self.feed_forward(x)
         self.write(h.flatten(0, 1))  # (B, N, E) -> (T, E)
         attractors = self.lift(self.memory)  # (M, D) -> (M, E)
         return h + (h @ attractors.t()).softmax(dim=-1) @ attractors
 
     def write(self, h: Tensor) -> None:
-        """Write the tokens (T, E) head by head."""
+        """Write the tokens (T, E), one head after the other."""
         split = (self.write_heads, self.slot_dim)
         queries, keys, values = (
             layer(x).unflatten(-1, split).transpose(0, 1)  # (*, S*D) -> (S, *, D)
@@ -108,5 +108,5 @@ class LoopedWorkspace(nn.Module):
             self.memory.copy_(F.normalize(0.9 * self.memory + 0.1 * update, dim=-1))
 
     def balance_loss(self) -> Tensor:
-        """Balance loss () of the last forward."""
+        """Return the balance loss () of the last forward pass."""
         return self.loss

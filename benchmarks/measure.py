@@ -1,17 +1,13 @@
-"""Two sides of a comparison, measured turn by turn in one process."""
+"""Measure two sides of a comparison in one process, one turn of each after the other."""
 
 import ctypes
 import gc
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import timm
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -26,21 +22,21 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 @dataclass
 class Side:
-    """One side: a step of a model over so many images or tokens."""
+    """One side of a comparison: a step of a model, and the number of images or tokens that it processes."""
 
     model: nn.Module
     step: Callable[[], object]
     items: int
 
     def work(self) -> tuple[float, float]:
-        """Matrix work and memory traffic of an item."""
+        """Count FLOPs of the matrix work, and bytes of memory traffic, for each item."""
         with FlopCounterMode(display=False) as counter, Traffic() as traffic:
             self.step()
         return counter.get_total_flops() / self.items, traffic.bytes / self.items
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that the operations of a step read and write if none is fused with another and no cache helps."""
+    """Count the bytes that the operations of a step read and write, without fused operations and without a cache."""
 
     bytes = 0
 
@@ -59,12 +55,13 @@ class Row:
     """A line of the table.
 
     Attributes:
-        name: What is compared.
-        unit: Of ``ours`` and ``theirs``, a cost per image or token in each round.
-        goal: For the ratio; None where there is none.
-        at_least: The ratio is one of throughputs, to be reached. Else it is one of costs, not to be passed.
-        flops: Matrix work of an item, ours and theirs; empty where time is not what is measured.
-        moved: Memory traffic of an item in bytes, likewise.
+        name: Says what is compared.
+        unit: Unit of ``ours`` and ``theirs``, which hold the cost of an image or token in each round.
+        goal: Limit of the ratio, None if there is none.
+        at_least: Whether the ratio is one of throughputs, with a lower limit. Otherwise it is one of costs, with an
+            upper limit.
+        flops: FLOPs of the matrix work for each item, ours and theirs; empty if no time is measured.
+        moved: Bytes of memory traffic for each item, ours and theirs; empty if no time is measured.
     """
 
     name: str
@@ -92,7 +89,7 @@ class Row:
         self.per_second = [1 / median(self.ours), 1 / median(self.theirs)] if self.flops else []
 
     def passes(self) -> bool:
-        """Whether the goal is reached, if there is one."""
+        """Tell whether the ratio reaches its goal, if it has one."""
         return self.goal is None or (self.ratio >= self.goal if self.at_least else self.ratio <= self.goal)
 
 
@@ -106,7 +103,7 @@ def time_sides(
     goal: float | None = None,
     at_least: bool = False,
 ) -> Row:
-    """Count the work of both sides, then time them turn by turn, at least ``seconds`` a turn."""
+    """Count the work of both sides, then time them in turns. A turn takes about ``seconds``, and at least one step."""
     torch.set_num_threads(threads)
     built = [build() for build in sides]
     work = [side.work() for side in built]
@@ -124,13 +121,13 @@ def time_sides(
 
 
 def _steps_in(seconds: float, side: Side) -> int:
-    """How many steps of a side, now warm, fill a turn."""
+    """Warm a side up, then return how many of its steps fill a turn."""
     _time(side, 3)
     return max(1, round(seconds / _time(side, 1)))
 
 
 def _time(side: Side, number: int) -> float:
-    """Seconds of a step, on average."""
+    """Return the mean time of a step, in seconds."""
     start = timer()
     for _ in range(number):
         side.step()
@@ -138,7 +135,7 @@ def _time(side: Side, number: int) -> float:
 
 
 def compare_bytes(name: str, sides: Sides, measure: Callable[[Side], int], goal: float | None = None) -> Row:
-    """Measure the bytes of both sides, one after the other so that neither counts the other's."""
+    """Measure the bytes of both sides. Only one side exists at a time, so that no bytes are counted for the other."""
     costs = []
     for build in sides:
         side = build()
@@ -149,7 +146,7 @@ def compare_bytes(name: str, sides: Sides, measure: Callable[[Side], int], goal:
 
 
 def peak_bytes(side: Side) -> int:
-    """Most memory that a step holds beside what was there before it: neither weights nor the optimiser's state."""
+    """Measure the peak memory of a step in bytes, without what existed before it (weights, state of the optimizer)."""
     side.step()
     if next(side.model.parameters()).is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -163,10 +160,10 @@ def peak_bytes(side: Side) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse freed memory, as CUDA's allocator does, where it would give large blocks back.
+    """Let glibc reuse large blocks of memory, as CUDA's allocator does, instead of returning them to the system.
 
-    Each block given back costs some page faults when it is taken again: several percent of a step, that come and go
-    with the order of the blocks rather than with the work. Only glibc knows how.
+    A block that was returned costs page faults when it is allocated again. They take several percent of a step, and
+    depend on the order of the blocks rather than on the work. Other C libraries have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is not None:
@@ -175,34 +172,14 @@ def keep_freed_memory() -> None:
 
 
 def release() -> None:
-    """Give back what no one holds."""
+    """Free the memory that is not in use."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def environment() -> dict[str, Any]:
-    """Where and with what a table was measured."""
-    cpu = [line.split(':')[1].strip() for line in _read('/proc/cpuinfo').splitlines() if line.startswith('model name')]
-    git = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
-    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {
-        'cpu': f'{len(cpu)} x {cpu[0]}' if cpu else platform.processor(),
-        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        'system': platform.system(),
-        'python': platform.python_version(),
-        'torch': torch.__version__,
-        'timm': timm.__version__,
-        'commit': done.stdout.strip() or None,
-    }
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ''
-
-
 def table(rows: list[Row], peak_tflops: float | None = None) -> str:
-    """Markdown; floor and traffic are the ratios of the matrix work and of the memory traffic alone."""
+    """Write the rows as Markdown. Floor and traffic are the ratios of matrix work and of memory traffic alone."""
     lines = ['| | ratio | quartiles | floor | traffic | goal | ours | theirs |', '|---|---|---|---|---|---|---|---|']
     for row in rows:
         quartiles = ' - '.join(f'{q:.3f}' for q in row.quartiles)
@@ -223,7 +200,7 @@ def _side(row: Row, side: int, peak_tflops: float | None) -> str:
 
 
 def draw(rows: list[Row], title: str) -> Figure:
-    """Draw each ratio with its quartiles, its limits and its goal: costs above, throughputs below."""
+    """Draw each ratio with its quartiles, floor, traffic and goal; first the costs, then the throughputs."""
     kinds = [kind for at_least in (False, True) if (kind := [row for row in rows if row.at_least == at_least])]
     figure = Figure(figsize=(9, 1.6 + 0.32 * len(rows)), layout='constrained')
     figure.suptitle(title)

@@ -1,7 +1,7 @@
-"""Write MODEL_CARD.md out of facts: ``python benchmarks/model_card.py``; ``--check`` says whether it is stale.
+"""Write MODEL_CARD.md: ``python benchmarks/model_card.py``. With ``--check``, fail if the file is out of date.
 
-The facts are the registered models with their configs, and what was measured on weights: ``results/weights.json``, a
-list of objects with the keys of :data:`FACT`.
+The card is made from the registered models with their configs, and from the results in ``results/weights.json``, a list
+of objects with the keys of :data:`FACT`.
 """
 
 import json
@@ -11,50 +11,51 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import EvalResult, ModelCardData
 from timm.models import PretrainedCfg
 
 from timm_ait.ait import default_cfgs
+from timm_ait.card import metadata
 from timm_ait.convert import choose_layers
 
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / 'MODEL_CARD.md'
 RESULTS = ROOT / 'benchmarks' / 'results' / 'weights.json'
-# A number is published with all that it takes to get it again.
+# What every published number must come with, so that it can be measured again.
 FACT = ('weights', 'data', 'metric', 'value', 'command', 'commit', 'seed', 'machine')
 VIT_DEPTH = 12
 
 BODY = """# Associative Transformers for timm
 
-Vision Transformers whose feed-forward layers write into a small shared memory, through a bottleneck over the tokens of
-the whole batch, and read it back by Hopfield retrieval. After Sun, Ochiai, Wu, Lin, Kanai, *Associative Transformer*,
-CVPR 2025, [arXiv:2309.12862](https://arxiv.org/abs/2309.12862). This card covers all models of the package.
+Vision Transformers with a small memory in each block. The tokens of the whole batch compete to write into it through a
+bottleneck, and every token reads it by Hopfield retrieval. The paper is Sun, Ochiai, Wu, Lin, Kanai, *Associative
+Transformer*, CVPR 2025, [arXiv:2309.12862](https://arxiv.org/abs/2309.12862). This card is for all models of the
+package.
 
 ## Models
 
 {models}
 
 `ait_*_patch4_32` and `test_ait` have the paper's layout: a stem that normalises patches, no class token, no position
-embedding, a classifier over all tokens side by side. `ait_small`, `ait_medium` and `ait_base` have that of timm's
-ViT-B/16. `ait_vit_*` keep a ViT's own path in each block and add the retrieval through a scale that starts at zero.
+embedding, and a classifier that reads all tokens, flattened. `ait_small`, `ait_medium` and `ait_base` have the layout
+of timm's ViT-B/16. `ait_vit_*` compute what a ViT computes, and add the retrieval times a scale that starts at zero.
 
 ## Weights
 
 {weights}
 
-A file is loaded after its sha256 was compared with the one that is pinned beside the tag or in config.json, or kept by
-the Hub; of what is downloaded, only safetensors are read.
+The sha256 of a file is verified before it is loaded. The expected one stands in the code beside the tag, or in
+config.json, or else is the one under which the Hub stores the file. Downloaded files must be safetensors.
 
 ### Weights of ViTs
 
-The tags of `ait_vit_*` name weights of **ViTs, not trained as AiT**, in timm's repositories on the Hub:
+The tags of `ait_vit_*` load weights of **ViTs, not trained as AiT**, from timm's repositories on the Hub:
 
 {vits}
 
-With them `ait_vit_base_patch16_224` starts at the ViT's logits (tested to 1e-5 with random weights), hence at its
-accuracy. The shallower models take some of its {depth} blocks, evenly spread: {layers};
-**do not use their classifier before you have fine-tuned it.** The weights keep the licence of their owners: those of
-`mae` are for non-commercial use only.
+Before fine-tuning, `ait_vit_base_patch16_224` gives the logits of the ViT (tested to 1e-5 with random weights), so it
+has the accuracy of the ViT. The shallower models take some of its {depth} blocks, evenly spread: {layers}.
+**Fine-tune them before you use their classifier.** The weights have the licence of their owners: those of `mae` are for
+non-commercial use only.
 
 ## Results
 
@@ -73,17 +74,17 @@ Fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_base_
 
 ## What to know before use
 
-- In training mode a forward pass writes the memory; in evaluation it does not, and an image's logits do not depend on
-  the rest of its batch.
-- The memory is a running average over training images and part of the weights: what holds for weights trained on
-  private images holds for it.
-- **The slots of a memory become alike.** The write, as published, pulls all of them to one point: in an untrained
+- In training mode a forward pass writes the memory. In evaluation it does not, so the logits of an image do not depend
+  on the other images of its batch.
+- The memory is a running average over training images, and a part of the weights. If the images are private, treat the
+  memory as private too.
+- **The slots of a memory become alike.** The write, as published, pulls all of them to one point. In an untrained
   `ait_small_patch4_32` the mean cosine between two slots is 0.75 after 10 batches and 1.0000 after 100
-  (`python benchmarks/slots.py --writes 100 --model ait_small_patch4_32`), and so it is in `test_ait.cifar10`. What is
-  retrieved is then the same for every token, a bias. Don't credit the memory for an accuracy before `slots.py` and a
-  control without memory say so.
-- The tasks are image classification and features for it. Nothing was measured on fairness, on images unlike the
-  training data, or on attacks.
+  (`python benchmarks/slots.py --writes 100 --model ait_small_patch4_32`). In `test_ait.cifar10` it is the same. The
+  retrieval then adds the same vector to every token: a bias. Do not say that an accuracy comes from the memory unless
+  `slots.py` and a control without memory show it.
+- The models are for image classification and for features of images. Fairness, robustness to attacks, and images unlike
+  the training data were not measured.
 
 ## Citation
 
@@ -99,41 +100,41 @@ Fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_base_
 
 
 def main() -> None:
-    """Write the card, or with ``--check`` compare it.
+    """Write the card, or with ``--check`` compare it with the file.
 
     Raises:
-        SystemExit: If it is stale.
+        SystemExit: With ``--check``, if the file is out of date.
     """
     card = make_card(read_facts(RESULTS))
     if '--check' not in sys.argv[1:]:
         CARD.write_text(card)
     elif not CARD.is_file() or CARD.read_text() != card:
-        sys.exit(f'{CARD.name} is stale: python benchmarks/model_card.py')
+        sys.exit(f'{CARD.name} is out of date: run python benchmarks/model_card.py')
 
 
 def read_facts(path: Path) -> list[dict[str, Any]]:
-    """What was measured.
+    """Read the results.
 
     Raises:
-        ValueError: For a number without its origin, or on weights without a tag.
+        ValueError: If a result lacks one of the keys, or if its weights have no tag.
     """
     facts = json.loads(path.read_text())
     for fact in facts:
         lacking = [key for key in FACT if fact.get(key) in (None, '')]
         if lacking:
-            raise ValueError(f'{path.name}: {fact.get("weights")} lacks {", ".join(lacking)}; state all of {FACT}')
+            raise ValueError(f'{path.name}: {fact.get("weights")} lacks {", ".join(lacking)}; give all of {FACT}')
         if fact['weights'] not in configs():
-            raise ValueError(f'{path.name}: {fact["weights"]} is no tag of a model; known are {", ".join(configs())}')
+            raise ValueError(f'{path.name}: {fact["weights"]} is no tag of a model; use one of {", ".join(configs())}')
     return list(facts)
 
 
 def configs() -> dict[str, PretrainedCfg]:
-    """All configs, by 'model.tag'."""
+    """Return all configs by 'model.tag'."""
     return {f'{name}.{tag}': cfg for name, entry in default_cfgs.items() for tag, cfg in entry.cfgs.items()}
 
 
 def make_card(facts: list[dict[str, Any]]) -> str:
-    """The whole text of the card."""
+    """Write the text of the card."""
     shallower = [m for m in timm.list_models('ait_vit_*', module='ait') if m != 'ait_vit_base_patch16_224']
     layers = [f'{_layers(depth)} at depth {depth}' for depth in sorted(len(_on_meta(m).blocks) for m in shallower)]
     body = BODY.format(
@@ -144,7 +145,8 @@ def make_card(facts: list[dict[str, Any]]) -> str:
         layers='; '.join(layers),
         results=_results(facts),
     )
-    return f'---\n{_metadata(facts)}\n---\n{body}'
+    accuracies = [(fact['data'], fact['metric'], fact['value']) for fact in facts if 'accuracy' in fact['metric']]
+    return f'---\n{metadata("timm_ait", accuracies)}\n---\n{body}'
 
 
 @cache
@@ -177,7 +179,7 @@ def _own_weights() -> str:
     own = {name: cfg for name, cfg in configs().items() if not (cfg.hf_hub_id or '').startswith('timm/')}
     lines = [f'- `{name}`: {_place(cfg)}' for name, cfg in own.items() if cfg.has_weights]
     without = sorted({f'`{name.partition(".")[0]}`' for name, cfg in own.items() if not cfg.has_weights})
-    head = 'Trained as AiT:' if lines else 'No weights that were trained as AiT have been published yet.'
+    head = 'Trained as AiT:' if lines else 'No weights that were trained as AiT are published yet.'
     return '\n'.join([head, '', *lines, *([''] if lines else []), f'Without weights: {", ".join(without)}.'])
 
 
@@ -197,7 +199,7 @@ def _vits() -> str:
 
 def _results(facts: list[dict[str, Any]]) -> str:
     if not facts:
-        return 'None are stated: nothing has been measured on published weights.'
+        return 'Nothing was measured on published weights.'
     rows = ['| weights | data | metric | value |', '|---|---|---|---|']
     rows += [f'| `{fact["weights"]}` | {fact["data"]} | {fact["metric"]} | {fact["value"]} |' for fact in facts]
     origins = [
@@ -205,31 +207,7 @@ def _results(facts: list[dict[str, Any]]) -> str:
         f'seed {fact["seed"]}, {fact["machine"]}'
         for fact in facts
     ]
-    return '\n'.join([*rows, '', 'Commands and origins:', '', *origins])
-
-
-def _metadata(facts: list[dict[str, Any]]) -> str:
-    results = [
-        EvalResult(
-            task_type='image-classification',
-            dataset_type='imagefolder',
-            dataset_name=fact['data'],
-            metric_type='accuracy',
-            metric_name=fact['metric'],
-            metric_value=fact['value'],
-        )
-        for fact in facts
-        if 'accuracy' in fact['metric']
-    ]
-    data = ModelCardData(
-        license='apache-2.0',
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['timm', 'timm_ait', 'image-classification'],
-        model_name='timm_ait',
-        eval_results=results or None,
-    )
-    return str(data.to_yaml())
+    return '\n'.join([*rows, '', 'How each was measured:', '', *origins])
 
 
 if __name__ == '__main__':

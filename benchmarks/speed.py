@@ -1,14 +1,14 @@
-"""How fast the workspace is, as ratios, both sides in one process and turn by turn.
+"""How fast is the workspace? Ratios of two sides, which take turns in one process.
 
     python benchmarks/speed.py --device cuda --peak-tflops 989
     python benchmarks/speed.py --threads 2
 
-A training step is forward, loss, backward and AdamW. Beside each measured ratio stand those of the matrix work, its
-floor, and of the memory traffic. A table, every round's numbers and a picture go to the folder ``--out``.
+A training step is forward, loss, backward and AdamW. Beside each measured ratio stand the ratio of the matrix work
+alone (floor) and that of the memory traffic alone. The script prints a table, and writes the numbers of every round and
+a picture to the folder ``--out``.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -24,13 +24,13 @@ from measure import (
     Side,
     compare_bytes,
     draw,
-    environment,
     keep_freed_memory,
     peak_bytes,
     release,
     table,
     time_sides,
 )
+from record import write_record
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -54,18 +54,18 @@ DEFAULTS = {
     | {'dtype': 'bfloat16', 'rounds': 15},
 }
 QUICK = {'layouts': ['toy'], 'sizes': ['small'], 'batch_sizes': [2], 'tokens': [64, 128], 'rounds': 2}
-TURN = 0.2  # seconds of a turn, so that a clock's grain and a launch's delay do not count
-WIDTH, IMAGE_TOKENS = 768, 64  # of the layer alone: the paper's
+TURN = 0.2  # seconds; long enough that the resolution of the clock and the delay of a launch do not matter
+WIDTH, IMAGE_TOKENS = 768, 64  # of a layer alone, as in the paper
 
 
 def create(layout: str, size: str, write_grad: bool = True) -> nn.Module:
-    """Create an AiT of a layout and size."""
+    """Create the AiT of a layout and size."""
     name, model_args = LAYOUTS[layout][size]
     return timm.create_model(name, write_grad=write_grad, **model_args)
 
 
 def fuse(layout: str, size: str) -> nn.Module:
-    """Create an AiT for evaluation alone, as ``--reparam`` of timm's scripts does."""
+    """Create the AiT for evaluation alone, as ``--reparam`` of timm's scripts does."""
     return reparameterize_model(create(layout, size))
 
 
@@ -75,17 +75,17 @@ def create_vit(layout: str, size: str) -> nn.Module:
 
 
 def images_for(model: nn.Module, batch: int, args: Args) -> Tensor:
-    """Random images (B, 3, H, W) of the model's size."""
+    """Make random images (B, 3, H, W) of the size that the model takes."""
     return torch.randn(batch, 3, *model.patch_embed.img_size, device=args.device)
 
 
 def autocast(args: Args) -> torch.autocast:
-    """Mixed precision, where the data type is not float32."""
+    """Return the context of mixed precision, which does nothing for float32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == 'bfloat16')
 
 
 def inference(build: Callable[[], nn.Module], batch: int, args: Args) -> Side:
-    """Logits of a batch, in evaluation."""
+    """Compute the logits of a batch in evaluation mode."""
     model = build().to(args.device).eval()
     images = images_for(model, batch, args)
 
@@ -97,7 +97,7 @@ def inference(build: Callable[[], nn.Module], batch: int, args: Args) -> Side:
 
 
 def training(build: Callable[[], nn.Module], batch: int, args: Args) -> Side:
-    """A training step with a batch."""
+    """Do a training step with a batch."""
     model = build().to(args.device).train()
     images = images_for(model, batch, args)
     labels = torch.randint(model.num_classes, (batch,), device=args.device)
@@ -114,7 +114,7 @@ def training(build: Callable[[], nn.Module], batch: int, args: Args) -> Side:
 
 
 def workspace(layer: type[nn.Module], tokens: int, is_training: bool, args: Args) -> Side:
-    """A layer over so many tokens, forward and in training backward; a feed-forward part of width 1 costs nothing."""
+    """Run a layer alone, in training also backward. A feed-forward part of width 1 costs almost nothing."""
     model = layer(WIDTH, 1).to(args.device).train(is_training)
     x = torch.randn(tokens // IMAGE_TOKENS, IMAGE_TOKENS, WIDTH, device=args.device, requires_grad=is_training)
     grad = torch.randn_like(x)
@@ -131,7 +131,7 @@ def workspace(layer: type[nn.Module], tokens: int, is_training: bool, args: Args
 
 
 def model_cases(args: Args) -> Iterator[Case]:
-    """AiT against the ViT of the same shape: inference, training and memory."""
+    """Compare AiT with the ViT of the same shape: inference, training and memory."""
     timed = time_with(args)
     for layout, size, batch in product(args.layouts, args.sizes, args.batch_sizes):
         label = f'{LAYOUTS[layout][size][0]}, batch {batch}'
@@ -151,7 +151,7 @@ def model_cases(args: Args) -> Iterator[Case]:
 
 
 def depth_cases(args: Args) -> Iterator[Case]:
-    """AiT-Medium against ViT-Base: half the depth."""
+    """Compare AiT-Medium with ViT-Base, which is twice as deep."""
     for layout, batch, kind in product(args.layouts, args.batch_sizes, (inference, training)):
         builds = (partial(create, layout, 'medium'), partial(create_vit, layout, 'base'))
         sides = tuple(partial(kind, build, batch, args) for build in builds)
@@ -160,13 +160,13 @@ def depth_cases(args: Args) -> Iterator[Case]:
 
 
 def workspace_cases(args: Args) -> Iterator[Case]:
-    """The workspace without its feed-forward part: as the tokens grow, and against the authors' way."""
+    """Compare a workspace layer for more and more tokens, and with the authors' way."""
     timed = time_with(args)
     first, *others = args.tokens
     for tokens in others if 'tokens' in args.rows else []:
         sides = tuple(partial(workspace, GlobalWorkspace, n, True, args) for n in (tokens, first))
         yield f'cost per token, {tokens} / {first} tokens', partial(timed, sides=sides, goal=1.10)
-    ours = partial(GlobalWorkspace, write_grad=False)  # as theirs
+    ours = partial(GlobalWorkspace, write_grad=False)  # as in the authors' code
     for tokens, is_training in product(args.tokens if 'authors' in args.rows else [], (False, True)):
         sides = tuple(partial(workspace, layer, tokens, is_training, args) for layer in (ours, LoopedWorkspace))
         name = f"speed in {'training' if is_training else 'inference'}, ours / authors' way, {tokens} tokens"
@@ -174,38 +174,39 @@ def workspace_cases(args: Args) -> Iterator[Case]:
 
 
 def time_with(args: Args) -> Callable[..., Row]:
-    """:func:`time_sides` with the options."""
+    """Return :func:`time_sides` with the options of the command line."""
     turn = 0.0 if args.quick else TURN
     return partial(time_sides, rounds=args.rounds, seconds=turn, threads=args.threads, compiled=args.compile)
 
 
 def measure(cases: list[Case]) -> list[Row]:
-    """Measure case after case, leaving out what does not fit in memory."""
+    """Measure all cases. Leave out those that do not fit in memory."""
     rows = []
     for name, run in (progress := tqdm(cases)):
         progress.set_postfix_str(name)
         try:
             rows.append(run(name))
         except torch.OutOfMemoryError:
-            tqdm.write(f'left out, does not fit in memory: {name}')
+            tqdm.write(f'left out, because it does not fit in memory: {name}')
         release()
     return rows
 
 
 def parse(argv: list[str] | None = None) -> Args:
+    """Read the command line and fill in the defaults of the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='bfloat16 is autocast')
-    parser.add_argument('--compile', action='store_true', help='torch.compile for both sides')
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='bfloat16 means autocast')
+    parser.add_argument('--compile', action='store_true', help='compile both sides with torch.compile')
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=ROWS)
     parser.add_argument('--layouts', nargs='+', choices=tuple(LAYOUTS))
     parser.add_argument('--sizes', nargs='+', choices=SIZES)
     parser.add_argument('--batch-sizes', nargs='+', type=int)
-    parser.add_argument('--tokens', nargs='+', type=int, help=f'of a layer alone, multiples of {IMAGE_TOKENS}')
+    parser.add_argument('--tokens', nargs='+', type=int, help=f'for a layer alone; multiples of {IMAGE_TOKENS}')
     parser.add_argument('--rounds', type=int)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--peak-tflops', type=float, help='of the device at this dtype, for the share reached')
-    parser.add_argument('--quick', action='store_true', help='toy sizes')
+    parser.add_argument('--peak-tflops', type=float, help='peak of the device, to print the share that is reached')
+    parser.add_argument('--quick', action='store_true', help='use toy sizes, for a test')
     parser.add_argument('--out', type=Path, default=Path('output/speed'))
     args = parser.parse_args(argv)
     for name, value in {**DEFAULTS[args.device], **(QUICK if args.quick else {})}.items():
@@ -215,17 +216,15 @@ def parse(argv: list[str] | None = None) -> Args:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table and write numbers and picture."""
     args = parse(argv)
     torch.manual_seed(0)
     keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []
     rows = measure([*model_cases(args), *depth, *workspace_cases(args)])
     print(table(rows, args.peak_tflops))
-    args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    record = {**environment(), 'arguments': arguments, 'rows': [asdict(row) for row in rows]}
-    stem.with_suffix('.json').write_text(json.dumps(record, indent=1))
+    record = write_record(stem.with_suffix('.json'), vars(args), {'rows': [asdict(row) for row in rows]})
     title = f'{record["gpu"] if args.device == "cuda" else record["cpu"]}, {stem.name}, {record["commit"]}'
     draw(rows, title).savefig(stem.with_suffix('.png'), dpi=120)
 

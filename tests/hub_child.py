@@ -1,4 +1,4 @@
-"""A process with a Hub client of its own: huggingface_hub reads its environment when it is imported."""
+"""Run the Hub client in a process of its own, since huggingface_hub reads its environment when it is imported."""
 
 import hashlib
 import logging
@@ -34,12 +34,12 @@ def start_child() -> None:
     torch.set_num_threads(1)
     logging.basicConfig(filename=os.environ['LOG'], level=logging.WARNING)
     wait = time.sleep
-    time.sleep = lambda seconds: wait(min(seconds, 0.02))  # the client's pauses between attempts
+    time.sleep = lambda seconds: wait(min(seconds, 0.02))  # shortens the pauses of the client between two attempts
 
 
 @torch.no_grad()
 def load(name: str, file_limit: int = 0, **kwargs: Any) -> dict[str, Any]:
-    """Create a model with its weights, and say what came."""
+    """Create a model with its weights, and describe it."""
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     try:
@@ -57,7 +57,7 @@ def load(name: str, file_limit: int = 0, **kwargs: Any) -> dict[str, Any]:
 
 
 class Child:
-    """One process whose Hub client has its own environment."""
+    """A process whose Hub client has the given environment."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.log = folder / 'log.txt'
@@ -76,13 +76,13 @@ class Child:
         return self.pool.submit(function, *args, **kwargs).result(timeout=120)
 
     def fails(self, name: str, **kwargs: Any) -> str:
-        """The message of the error in which loading ends; it must be one of ours."""
+        """Load and return the error message. The error must be one of this package."""
         with pytest.raises((WeightsError, ValueError)) as caught:
             self(load, name, **kwargs)
         return str(caught.value)
 
 
 def blobs(cache: Path) -> list[Path]:
-    """What a cache keeps of weights: everything but a small config.json, and the parts that older clients resume."""
+    """List the weights in a cache: neither a small config.json, nor the partial files that older clients resume."""
     files = [path for path in cache.rglob('*') if path.is_file() and not path.is_symlink()]
     return [path for path in files if path.stat().st_size > 5000 and path.suffix != '.incomplete']

@@ -1,6 +1,6 @@
-"""A small Hub on 127.0.0.1: the part of the Hugging Face Hub's protocol that huggingface_hub needs here.
+"""A small Hub on 127.0.0.1, with the part of the Hub's protocol that huggingface_hub needs here.
 
-Repositories are dictionaries of bytes. What goes wrong is told per repository, by :attr:`LoopbackHub.faults`.
+Repositories are dictionaries of bytes. :attr:`LoopbackHub.faults` says what goes wrong, for each repository.
 """
 
 import base64
@@ -17,15 +17,15 @@ LARGE = ('.safetensors', '.bin')
 
 
 class LoopbackHub:
-    """Serves ``repos`` and takes uploads into them.
+    """Serve ``repos`` and accept uploads to them.
 
     Attributes:
         repos: 'org/name' -> file name -> content.
         faults: 'org/name' -> one of 'gated', 'drop' (no answer at all), 'cut' (half of the file, then silence),
-            'short' (half of the file, as if it were all), 'flip' (a byte of the file inverted), 'deaf' (uploads are
-            taken and forgotten).
-        requests: Method and path of everything that was asked for.
-        tokens: Authorization headers that came along.
+            'short' (half of the file, as if it were whole), 'flip' (a byte of the file inverted), 'deaf' (uploads are
+            accepted but not stored).
+        requests: Method and path of every request.
+        tokens: Authorization headers of all requests.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class LoopbackHub:
 
     @contextmanager
     def gone(self) -> Iterator[None]:
-        """Nothing listens at the address for a while."""
+        """Stop the server for a while."""
         self.stop()
         try:
             yield
@@ -61,7 +61,7 @@ class LoopbackHub:
             self.start()
 
     def commit(self, repo: str) -> str:
-        """The commit hash of what ``repo`` holds now."""
+        """Return the commit hash of the present content of ``repo``."""
         digest = hashlib.sha1(repo.encode())
         for name, content in sorted(self.repos[repo].items()):
             digest.update(name.encode() + content)
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes = b'', **headers: str) -> None:
         self.send_response(status)
-        # closed after each answer, so that nobody is served by a hub that is gone
+        # closed after each answer: an open connection would still answer after stop()
         for name, value in {'Connection': 'close', 'Content-Length': str(len(body)), **headers}.items():
             self.send_header(name.replace('_', '-'), value)
         self.end_headers()
@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(content).encode(), Content_Type='application/json')
 
     def serve(self) -> None:
-        """``/org/name/resolve/REVISION/FILE``; small files are moved to ``/api/resolve-cache/...``, as on the Hub."""
+        """``/org/name/resolve/REVISION/FILE``; small files redirect to ``/api/resolve-cache``, as on the Hub."""
         self.note()
         match = re.match(r'(/api/resolve-cache/models)?/([^/]+/[^/]+)(?:/resolve)?/([^/]+)/(.+)', self.path)
         repo = match[2] if match else ''

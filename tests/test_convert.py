@@ -1,7 +1,6 @@
-"""Checkpoints of others: the authors' AiT and timm's ViT, renamed key by key or refused."""
+"""Checkpoints of the authors' AiT and of timm's ViT are converted key by key, or refused."""
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from authors_names import as_authors
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from timm_ait import AssociativeTransformer, checkpoint_filter_fn
+from timm_ait import AssociativeTransformer, checkpoint_filter_fn, convert
 from timm_ait.convert import convert_authors, is_authors
 
 CLASSES, SIDE, PATCH = 10, 21, 7
@@ -40,53 +40,6 @@ def images(side: int = SIDE) -> Tensor:
     return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def as_authors(model: AssociativeTransformer) -> StateDict:
-    """The model's weights as the authors' code would have saved them, written out apart from the converter."""
-    own = model.state_dict()
-    theirs: StateDict = OrderedDict()
-
-    def take(name: str, key: str) -> None:
-        theirs[name] = own.pop(key).clone()
-
-    def pixels_last(x: Tensor) -> Tensor:  # (..., C*P*P) -> (..., P*P*C), pixel by pixel
-        flat = x.reshape(-1, 3 * PATCH * PATCH)
-        order = [c * PATCH * PATCH + i * PATCH + j for i in range(PATCH) for j in range(PATCH) for c in range(3)]
-        return flat[:, order].reshape(*x.shape[: x.ndim - 1], -1) if x.ndim < 4 else flat[:, order]
-
-    for leaf in ('weight', 'bias'):
-        theirs[f'to_patch_embedding.1.{leaf}'] = pixels_last(own.pop(f'patch_embed.patch_norm.{leaf}'))
-        take(f'to_patch_embedding.3.{leaf}', f'patch_embed.norm.{leaf}')
-        take(f'mlp_head.0.{leaf}', f'fc_norm.{leaf}')
-        take(f'mlp_head.1.{leaf}', f'head.{leaf}')
-    theirs['to_patch_embedding.2.weight'] = pixels_last(own.pop('patch_embed.proj.weight'))
-    take('to_patch_embedding.2.bias', 'patch_embed.proj.bias')
-    for i in range(2):
-        theirs_at, own_at = f'transformer.layers.{i}', f'blocks.{i}'
-        take(f'{theirs_at}.0.fn.to_qkv.weight', f'{own_at}.attn.qkv.weight')
-        for leaf in ('weight', 'bias'):
-            take(f'{theirs_at}.0.norm.{leaf}', f'{own_at}.norm1.{leaf}')
-            take(f'{theirs_at}.0.fn.to_out.0.{leaf}', f'{own_at}.attn.proj.{leaf}')
-            take(f'{theirs_at}.1.norm.{leaf}', f'{own_at}.norm2.{leaf}')
-            take(f'{theirs_at}.1.fn.fc1.{leaf}', f'{own_at}.mlp.fc1.{leaf}')
-            take(f'{theirs_at}.1.fn.fc2.{leaf}', f'{own_at}.mlp.fc2.{leaf}')
-            take(f'{theirs_at}.1.fn.fc3.{leaf}', f'{own_at}.mlp.linear_transform.{leaf}')
-            take(f'{theirs_at}.1.fn.norm.{leaf}', f'{own_at}.mlp.norm.{leaf}')
-            take(f'{theirs_at}.1.fn.memoryupdate.mha.layer_norm.{leaf}', f'{own_at}.mlp.write_norm.{leaf}')
-        for theirs_leaf, leaf in (('w_qs', 'query'), ('w_ks', 'key'), ('w_vs', 'value')):
-            take(f'{theirs_at}.1.fn.memoryupdate.mha.{theirs_leaf}.weight', f'{own_at}.mlp.{leaf}.weight')
-        take(f'{theirs_at}.1.fn.memoryupdate.memory', f'{own_at}.mlp.memory')
-        w_o = own.pop(f'{own_at}.mlp.proj.weight')
-        interleaved = torch.stack([w_o[:, s * D + d] for d in range(D) for s in range(S)], dim=1)
-        theirs[f'{theirs_at}.1.fn.memoryupdate.mha.fc.weight'] = interleaved
-        theirs[f'{theirs_at}.1.fn.memoryupdate.beta'] = torch.tensor(0.9)
-    assert not own, f'not in the table of this test: {sorted(own)}'
-    theirs['cls_token'] = torch.zeros(1, 1, E)
-    theirs['pos_embedding'] = torch.zeros(1, 10, E)
-    theirs['to_patch_embedding_cnn.0.weight'] = torch.zeros(E, 3, 5, 5)
-    theirs['to_patch_embedding_cnn.0.bias'] = torch.zeros(E)
-    return theirs
-
-
 def assert_equal(a: StateDict, b: StateDict) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
@@ -96,7 +49,7 @@ def assert_equal(a: StateDict, b: StateDict) -> None:
 # The authors' checkpoints
 
 
-def test_an_authors_state_dict_comes_back_to_the_bit() -> None:
+def test_a_checkpoint_of_the_authors_is_converted_bit_for_bit() -> None:
     model = make_model()
     theirs = as_authors(model)
     before = {key: value.clone() for key, value in theirs.items()}
@@ -104,10 +57,10 @@ def test_an_authors_state_dict_comes_back_to_the_bit() -> None:
     assert not is_authors(model.state_dict())
     assert not is_authors(make_vit().state_dict())
     assert_equal(checkpoint_filter_fn(theirs, make_model(seed=3)), model.state_dict())
-    assert_equal(theirs, before)  # what is given stays as it is
+    assert_equal(theirs, before)  # the argument is not changed
 
 
-def test_interleaved_heads_are_set_side_by_side() -> None:
+def test_the_interleaved_heads_of_the_authors_are_put_side_by_side() -> None:
     key = 'transformer.layers.0.1.fn.memoryupdate.mha.fc.weight'
     # their columns, D = 2 and S = 3: (d0 s0) (d0 s1) (d0 s2) (d1 s0) (d1 s1) (d1 s2)
     theirs = torch.tensor([[0.0, 1.0, 2.0, 10.0, 11.0, 12.0]]).expand(2, -1)
@@ -115,7 +68,7 @@ def test_interleaved_heads_are_set_side_by_side() -> None:
     assert converted.tolist() == [[0.0, 10.0, 1.0, 11.0, 2.0, 12.0]] * 2
 
 
-def test_pixels_of_a_patch_are_put_channels_first() -> None:
+def test_the_pixels_of_a_patch_of_the_authors_are_put_channels_first() -> None:
     # a patch of 1 x 2 pixels of three channels: r0 g0 b0 r1 g1 b1
     theirs = torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])
     keys = {'to_patch_embedding.1.weight': theirs, 'to_patch_embedding.2.weight': theirs.expand(5, -1)}
@@ -133,7 +86,7 @@ def wrap_pth(state_dict: StateDict, path: Path) -> None:
     [('a.safetensors', save_file), ('a.pth', torch.save), ('data_parallel.pth', wrap_pth)],
     ids=lambda x: x if isinstance(x, str) else '',
 )
-def test_an_authors_file_is_loaded_by_create_model(
+def test_create_model_loads_a_file_of_the_authors(
     file: str, write: Callable[[StateDict, Path], None], tmp_path: Path
 ) -> None:
     model = make_model()
@@ -143,7 +96,7 @@ def test_an_authors_file_is_loaded_by_create_model(
     assert torch.equal(loaded(images()), model(images()))
 
 
-def test_an_authors_file_gives_another_number_of_classes_a_new_head_alone(tmp_path: Path) -> None:
+def test_with_another_number_of_classes_only_the_head_of_a_file_of_the_authors_is_new(tmp_path: Path) -> None:
     model = make_model()
     save_file(as_authors(model), tmp_path / 'authors.safetensors')
     overlay = dict(file=str(tmp_path / 'authors.safetensors'))
@@ -154,8 +107,16 @@ def test_an_authors_file_gives_another_number_of_classes_a_new_head_alone(tmp_pa
         assert key.startswith('head.') or torch.equal(value, own[key]), key
 
 
+def test_the_names_of_a_file_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(convert, 'convert_authors', lambda *args: calls.append(1) or convert_authors(*args))
+    save_file(as_authors(make_model()), tmp_path / 'authors.safetensors')
+    make_model(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'authors.safetensors')))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize('channels', [1, 4])
-def test_an_authors_file_serves_other_channels(channels: int, tmp_path: Path) -> None:
+def test_a_file_of_the_authors_is_loaded_for_other_channels(channels: int, tmp_path: Path) -> None:
     model = make_model()
     save_file(as_authors(model), tmp_path / 'authors.safetensors')
     overlay = dict(file=str(tmp_path / 'authors.safetensors'))
@@ -176,13 +137,13 @@ def test_an_authors_file_serves_other_channels(channels: int, tmp_path: Path) ->
         'mlp_head.2.weight',
     ],
 )
-def test_a_key_that_the_authors_model_has_not_is_named(key: str) -> None:
+def test_a_key_that_the_authors_model_does_not_have_is_named(key: str) -> None:
     model = make_model()
     with pytest.raises(ValueError, match=f"the authors' model has no parameter '{key}'; is this a checkpoint of their"):
         checkpoint_filter_fn({**as_authors(model), key: torch.zeros(1)}, model)
 
 
-def test_a_question_embedding_is_renamed_and_refused_by_a_model_without() -> None:
+def test_a_question_embedding_is_renamed_and_refused_by_a_model_that_has_none() -> None:
     question = {f'question_to_embedding.{i}.weight': torch.full((1,), float(i)) for i in range(3)}
     converted = convert_authors(question, (PATCH, PATCH))
     assert {key: value.item() for key, value in converted.items()} == {
@@ -193,7 +154,7 @@ def test_a_question_embedding_is_renamed_and_refused_by_a_model_without() -> Non
         checkpoint_filter_fn({**as_authors(model), **question}, model)
 
 
-def test_a_deeper_model_of_the_authors_is_refused() -> None:
+def test_a_checkpoint_of_the_authors_with_another_depth_is_refused() -> None:
     theirs = as_authors(make_model())
     with pytest.raises(ValueError, match=r'unknown keys blocks\.1\..* and \d+ more, missing keys none; create the'):
         checkpoint_filter_fn(theirs, make_model(depth=1))
@@ -205,7 +166,7 @@ def test_a_deeper_model_of_the_authors_is_refused() -> None:
 
 
 @pytest.mark.parametrize('name', ['ait_small', 'ait_base'])
-def test_a_vit_gives_all_that_it_has_and_the_workspace_keeps_its_own(name: str) -> None:
+def test_a_vit_gives_all_its_parameters_and_the_workspace_keeps_those_of_the_model(name: str) -> None:
     vit, model = make_vit(), make_model(name, depth=2)
     filtered = checkpoint_filter_fn(vit.state_dict(), model)
     assert filtered.keys() == model.state_dict().keys()
@@ -228,8 +189,8 @@ def test_a_vit_file_loaded_beside_a_retrieval_of_scale_zero_is_that_vit(tmp_path
 
 
 @pytest.mark.parametrize('no_embed_class', [True, False])
-def test_a_vit_of_another_image_size_has_its_positions_resampled(no_embed_class: bool) -> None:
-    """A position embedding that is the same everywhere stays so, and the class token's own is left alone."""
+def test_the_positions_of_a_vit_are_resampled_to_another_image_size(no_embed_class: bool) -> None:
+    """A position embedding that is the same everywhere stays so. That of the class token is not resampled."""
     vit = make_vit(no_embed_class=no_embed_class)
     given = vit.state_dict()
     given['pos_embed'][:, -9:] = torch.arange(float(E))
@@ -240,7 +201,7 @@ def test_a_vit_of_another_image_size_has_its_positions_resampled(no_embed_class:
     assert torch.equal(resampled[:, :-25], given['pos_embed'][:, :-9])
 
 
-def test_a_square_of_positions_becomes_an_oblong() -> None:
+def test_a_square_grid_of_positions_is_resampled_to_an_oblong_one() -> None:
     vit, model = make_vit(), make_model('ait_small', img_size=(14, 35))
     resampled = checkpoint_filter_fn(vit.state_dict(), model)['pos_embed']
     assert resampled.shape == (1, 11, E)
@@ -248,10 +209,10 @@ def test_a_square_of_positions_becomes_an_oblong() -> None:
     assert model(torch.randn(2, 3, 14, 35)).shape == (2, CLASSES)
 
 
-def test_an_oblong_of_positions_cannot_be_resampled_and_says_what_to_do() -> None:
+def test_an_oblong_grid_of_positions_is_refused_with_what_to_do() -> None:
     oblong, square = make_model('ait_small', img_size=(14, 35)), make_model('ait_small')
     with pytest.raises(
-        ValueError, match=r'10 positions, which is no square .* to \(3, 3\); .* then call set_input_size'
+        ValueError, match=r'10 positions. Only a square grid can be resampled to \(3, 3\); .* then call set_input_size'
     ):
         checkpoint_filter_fn(oblong.state_dict(), square)
     oblong.set_input_size((SIDE, SIDE))
@@ -259,40 +220,40 @@ def test_an_oblong_of_positions_cannot_be_resampled_and_says_what_to_do() -> Non
 
 
 @pytest.mark.parametrize('key', ['blocks.0.ls1.gamma', 'dist_token', 'blocks.0.mlp.fc3.weight', 'norm_pre.weight'])
-def test_a_key_that_the_model_has_not_is_named(key: str) -> None:
+def test_a_vit_key_that_the_model_does_not_have_is_named(key: str) -> None:
     state_dict = {**make_vit().state_dict(), key: torch.zeros(E)}
-    with pytest.raises(ValueError, match=f'unknown keys {key}, missing keys none; create the model that it was made'):
+    with pytest.raises(ValueError, match=f'unknown keys {key}, missing keys none; create the model with the arguments'):
         checkpoint_filter_fn(state_dict, make_model('ait_small'))
 
 
 @pytest.mark.parametrize('key', ['cls_token', 'blocks.1.mlp.fc2.weight', 'pos_embed', 'norm.bias'])
-def test_a_key_that_the_checkpoint_has_not_is_named(key: str) -> None:
+def test_a_vit_key_that_is_missing_is_named(key: str) -> None:
     state_dict = make_vit().state_dict()
     del state_dict[key]
-    with pytest.raises(ValueError, match=f'unknown keys none, missing keys {key}; create the model that it was made'):
+    with pytest.raises(ValueError, match=f'unknown keys none, missing keys {key}; create the model with the arguments'):
         checkpoint_filter_fn(state_dict, make_model('ait_small'))
 
 
-def test_a_vit_without_head_serves_as_features() -> None:
+def test_a_vit_without_a_head_is_converted() -> None:
     model = make_model('ait_small')
     state_dict = make_vit(num_classes=0).state_dict()
     assert checkpoint_filter_fn(state_dict, model).keys() == model.state_dict().keys() - {'head.weight', 'head.bias'}
 
 
-# Our own
+# This package
 
 
 @pytest.mark.parametrize('name', ['ait_small', 'ait_small_patch4_32'])
 @pytest.mark.parametrize('wrapper', ['state_dict', 'model', None])
 @pytest.mark.parametrize('prefix', ['module.', ''])
-def test_our_own_checkpoint_passes_as_it_is(name: str, wrapper: str | None, prefix: str) -> None:
+def test_a_checkpoint_of_this_package_is_not_changed(name: str, wrapper: str | None, prefix: str) -> None:
     model = make_model(name)
     state_dict: Any = {f'{prefix}{key}': value for key, value in model.state_dict().items()}
     state_dict = {wrapper: state_dict} if wrapper else state_dict
     assert_equal(checkpoint_filter_fn(state_dict, make_model(name, seed=3)), model.state_dict())
 
 
-def test_our_own_checkpoint_without_a_part_of_the_workspace_is_refused() -> None:
+def test_a_checkpoint_of_this_package_without_a_part_of_the_workspace_is_refused() -> None:
     model = make_model()
     state_dict = model.state_dict()
     del state_dict['blocks.1.mlp.key.weight']
@@ -309,12 +270,14 @@ def test_our_own_checkpoint_without_a_part_of_the_workspace_is_refused() -> None
     ],
     ids=str,
 )
-def test_another_shape_names_the_key_and_both_shapes(kwargs: dict[str, Any], key: str) -> None:
-    with pytest.raises(ValueError, match=rf'{key} has the shape \(.*\) in the checkpoint, \(.*\) in the model; create'):
+def test_a_shape_that_differs_is_named_with_key_and_both_shapes(kwargs: dict[str, Any], key: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf'{key} has the shape \(.*\) in the checkpoint and \(.*\) in the model; create'
+    ):
         checkpoint_filter_fn(make_model().state_dict(), make_model(**kwargs))
 
 
-def test_a_value_that_is_not_finite_is_not_loaded(tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_value_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     theirs = as_authors(make_model())
     theirs['transformer.layers.1.1.fn.memoryupdate.memory'][2, 1] = math.nan
     save_file(theirs, tmp_path / 'authors.safetensors')

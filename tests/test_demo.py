@@ -1,4 +1,4 @@
-"""The demo, at toy size, and the commands that it prints."""
+"""The demo runs at toy size, and so do the commands that it prints."""
 
 import argparse
 import os
@@ -15,14 +15,13 @@ import torch
 from PIL import Image
 
 from timm_ait import demo
-from timm_ait.hopfield import hopfield_retrieval
 
 CHECKOUT = Path(os.environ.get('TIMM_CHECKOUT', ''))
 
 
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder and standard output of a run over one epoch."""
+    """Run the demo for one epoch. Return its folder and its standard output."""
     folder = tmp_path_factory.mktemp('demo')
     args = ['--epochs', '1', '--min-accuracy', '0', '--output', 'out']
     done = subprocess.run([sys.executable, '-m', 'timm_ait.demo', *args], cwd=folder, capture_output=True, text=True)
@@ -30,7 +29,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
-def test_the_images_are_all_digits_split_by_class(ran: tuple[Path, str]) -> None:
+def test_all_digits_of_scikit_learn_are_written_and_split_by_class(ran: tuple[Path, str]) -> None:
     digits = ran[0] / 'out' / 'digits'
     counts = {
         split: Counter(path.parent.name for path in digits.glob(f'{split}/*/*.png')) for split in ('train', 'val')
@@ -43,7 +42,7 @@ def test_the_images_are_all_digits_split_by_class(ran: tuple[Path, str]) -> None
         assert (image.size, image.mode) == ((32, 32), 'RGB')
 
 
-def test_the_split_is_that_of_the_seed(tmp_path: Path) -> None:
+def test_the_seed_decides_the_split_of_the_digits(tmp_path: Path) -> None:
     names = {}
     for run, seed in (('a', 3), ('b', 3), ('c', 5)):
         demo.write_digits(tmp_path / run, seed)
@@ -51,65 +50,67 @@ def test_the_split_is_that_of_the_seed(tmp_path: Path) -> None:
     assert names['a'] == names['b'] != names['c']
 
 
-def test_the_reloaded_checkpoint_repeats_the_accuracy_and_a_picture_is_there(ran: tuple[Path, str]) -> None:
+def test_the_reloaded_checkpoint_has_the_accuracy_of_the_trained_model_and_a_picture_is_drawn(
+    ran: tuple[Path, str],
+) -> None:
     folder, said = ran
     (line,) = (line for line in said.splitlines() if line.startswith('best epoch'))
-    trained, reloaded = (
-        part.split()[-2] for part in line.split(';', maxsplit=1)
-    )  # '... 93.5 %; FILE, reloaded: 93.5 %'
+    # 'best epoch 93.5 %; FILE, reloaded: 93.5 %'
+    trained, reloaded = (part.split()[-2] for part in line.split(';', maxsplit=1))
     assert float(trained) == float(reloaded) > 10
     with Image.open(folder / 'out' / 'demo.png') as image:
         assert min(image.size) > 500
 
 
-def test_the_attention_shown_is_that_of_the_retrieval() -> None:
+def test_the_attention_in_the_picture_is_that_of_the_retrieval() -> None:
     torch.manual_seed(0)
     model = timm.create_model('test_ait', depth=2, embed_dim=32, num_heads=2, num_slots=7, beta=0.3).eval()
     batches = [(torch.randn(b, 3, 32, 32), torch.zeros(b, dtype=torch.long)) for b in (3, 5)]
     images, labels, predictions, usage = demo.look_inside(model, batches, 'cpu')
     assert (images.shape, labels.shape, predictions.shape, usage.shape) == ((8, 3, 32, 32), (8,), (8,), (2, 7))
     torch.testing.assert_close(usage.sum(dim=-1), torch.ones(2))
-    # The mean of what the tokens read is the mean attention times the attractors.
-    mlp, states = model.blocks[1].mlp, []
-    mlp.norm.register_forward_hook(lambda module, args, h: states.append(h))
+    # The mean retrieval over tokens is the mean attention times the attractors.
+    mlp, retrieved = model.blocks[1].mlp, []
+    mlp.retrieval.register_forward_hook(lambda module, args, out: retrieved.append(out - args[0]))
     with torch.no_grad():
         model(images)
-        attractors = mlp.attractors(mlp.memory)
-        read = hopfield_retrieval(torch.zeros_like(states[0]), states[0], attractors, mlp.beta).mean(dim=(0, 1))
-    torch.testing.assert_close(usage[1] @ attractors, read)
+        attractors = mlp.attractors(mlp.memory, torch.float32)
+    torch.testing.assert_close(usage[1] @ attractors, retrieved[0].mean(dim=(0, 1)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ('trained', 'reloaded', 'said'),
     [
         (97.0, 97.0, ''),
-        (97.0, 97.00000001, 'must repeat the 97.0 %'),
+        (97.0, 97.00000001, 'must have the accuracy of the trained model, 97.0 %'),
         (94.9, 94.9, 'at least 95.0 %, got 94.90 %'),
-        (float('nan'), float('nan'), 'must repeat'),
+        (float('nan'), float('nan'), 'must have the accuracy'),
     ],
 )
-def test_a_fault_is_named(trained: float, reloaded: float, said: str) -> None:
+def test_a_wrong_accuracy_is_named(trained: float, reloaded: float, said: str) -> None:
     fault = demo.find_fault(trained, reloaded, 95.0)
     assert said in fault
     assert bool(fault) == bool(said)
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_optional_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(demo, 'find_spec', lambda name: None if name == 'sklearn' else object())
     assert demo.main([]) == 2
     assert "needs sklearn: pip install 'timm_ait[demo]'" in capsys.readouterr().err
 
 
-def test_the_printed_commands_are_those_of_the_run(ran: tuple[Path, str]) -> None:
+def test_the_demo_prints_the_commands_of_its_run(ran: tuple[Path, str]) -> None:
     args = argparse.Namespace(device='cpu', epochs=1, batch_size=64, workers=1)
     for command in demo.commands(Path('out/digits'), args):
         assert command in ran[1]
 
 
 @pytest.mark.skipif(
-    not (CHECKOUT / 'train.py').is_file(), reason='TIMM_CHECKOUT names no checkout of timm with train.py'
+    not (CHECKOUT / 'train.py').is_file(), reason='TIMM_CHECKOUT must be a checkout of timm with train.py'
 )
-def test_the_printed_commands_run(ran: tuple[Path, str]) -> None:
+def test_the_commands_of_the_demo_run_with_timms_scripts(ran: tuple[Path, str]) -> None:
     folder, said = ran
     for script in ('train.py', 'validate.py'):
         shutil.copy(CHECKOUT / script, folder)

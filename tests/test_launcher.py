@@ -1,4 +1,4 @@
-"""``python -m timm_ait SCRIPT.py``: the script must not notice."""
+"""``python -m timm_ait SCRIPT.py`` runs a script as if it was called directly, with the models registered."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_script_sees_its_own_argv_name_siblings_and_our_models(script: Path, tmp_path: Path) -> None:
+def test_the_script_has_its_argv_its_name_its_folder_and_the_models(script: Path, tmp_path: Path) -> None:
     done = launch('scripts/script.py', '--flag', '7', cwd=tmp_path)
     assert done.stdout.split('\n')[0] == str(['scripts/script.py', '--flag', '7']) + (
         " scripts/script.py sibling ['test_ait']"
@@ -40,21 +40,21 @@ def test_the_script_sees_its_own_argv_name_siblings_and_our_models(script: Path,
 
 
 @pytest.mark.parametrize(('args', 'said'), [((), 'usage: '), (('no/such.py',), "no/such.py'; give the path")])
-def test_a_missing_script_is_said_with_exit_code_2(args: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_a_missing_script_is_an_error_with_exit_code_2(args: tuple[str, ...], said: str, tmp_path: Path) -> None:
     done = launch(*args, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
     assert 'Traceback' not in done.stderr
 
 
-def test_help_is_not_an_error(tmp_path: Path) -> None:
+def test_the_launchers_help_is_not_an_error(tmp_path: Path) -> None:
     done = launch('--help', cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith('usage: python -m timm_ait SCRIPT.py')
 
 
 @pytest.mark.parametrize('method', ['fork', 'spawn', 'forkserver'])
-def test_workers_of_every_start_method_find_what_the_script_defines(method: str, tmp_path: Path) -> None:
+def test_workers_of_every_start_method_find_the_classes_of_the_script(method: str, tmp_path: Path) -> None:
     (tmp_path / 'workers.py').write_text(
         textwrap.dedent(f"""
         import torch
@@ -72,9 +72,9 @@ def test_workers_of_every_start_method_find_what_the_script_defines(method: str,
     assert done.stdout.strip() == '[0, 1, 4, 9]', done.stderr
 
 
-def test_torchrun_starts_it_on_every_rank(tmp_path: Path) -> None:
+def test_torchrun_starts_the_launcher_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / 'rank.py').write_text(
-        'import os, timm\n'  # one write a rank: torchrun's are unbuffered, and would mingle
+        'import os, timm\n'  # one write for each rank, or the outputs would mix
         "os.write(1, f\"rank {os.environ['RANK']} {timm.list_models('test_ait')}\\n\".encode())\n"
     )
     prefix = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'timm_ait')

@@ -1,4 +1,4 @@
-"""MODEL_CARD.md is made from facts, and says no more than they do."""
+"""MODEL_CARD.md is made from the registered models and the results, and is up to date."""
 
 import importlib.util
 import json
@@ -39,13 +39,13 @@ def card(script: ModuleType) -> str:
     return script.make_card([FACT])
 
 
-def test_the_card_in_the_repository_is_not_stale(script: ModuleType) -> None:
+def test_the_card_in_the_repository_is_up_to_date(script: ModuleType) -> None:
     assert script.CARD.read_text() == script.make_card(script.read_facts(script.RESULTS)), (
-        'MODEL_CARD.md is stale: python benchmarks/model_card.py'
+        'MODEL_CARD.md is out of date: run python benchmarks/model_card.py'
     )
 
 
-def test_check_notices_a_stale_card_and_writing_cures_it(
+def test_check_fails_for_a_card_that_is_out_of_date_and_passes_after_writing_it(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, 'CARD', tmp_path / 'MODEL_CARD.md')
@@ -53,7 +53,7 @@ def test_check_notices_a_stale_card_and_writing_cures_it(
         if content:
             script.CARD.write_text(content)
         monkeypatch.setattr(sys, 'argv', ['model_card.py', '--check'])
-        with pytest.raises(SystemExit, match=r'MODEL_CARD\.md is stale: python benchmarks/model_card\.py'):
+        with pytest.raises(SystemExit, match=r'MODEL_CARD\.md is out of date: run python benchmarks/model_card\.py'):
             script.main()
     monkeypatch.setattr(sys, 'argv', ['model_card.py'])
     script.main()
@@ -61,7 +61,7 @@ def test_check_notices_a_stale_card_and_writing_cures_it(
     script.main()
 
 
-def test_every_model_and_every_vit_is_on_the_card(card: str) -> None:
+def test_the_card_lists_every_model_and_every_vit(card: str) -> None:
     for name in timm.list_models(module='ait'):
         assert f'| `{name}` |' in card
     assert (
@@ -72,13 +72,15 @@ def test_every_model_and_every_vit_is_on_the_card(card: str) -> None:
     assert '0, 11 at depth 2; 0, 2, 4, 7, 9, 11 at depth 6' in card
 
 
-def test_its_head_is_what_the_hub_reads(card: str) -> None:
+def test_the_hub_reads_the_head_of_the_card(card: str) -> None:
     data = ModelCard(card).data
     assert (data.library_name, data.license) == ('timm', 'apache-2.0')
     assert data.eval_results[0].metric_value == 12.34
 
 
-def test_a_number_comes_with_its_origin(card: str, script: ModuleType, tmp_path: Path) -> None:
+def test_a_result_without_its_origin_is_refused_and_its_origin_is_on_the_card(
+    card: str, script: ModuleType, tmp_path: Path
+) -> None:
     assert '12.34' in card
     assert '`python -m timm_ait validate.py` at commit `c0ffee`, seed 7, a toaster' in card
     path = tmp_path / 'weights.json'
@@ -86,5 +88,5 @@ def test_a_number_comes_with_its_origin(card: str, script: ModuleType, tmp_path:
     with pytest.raises(ValueError, match=r'weights\.json: ait_vit_base_patch16_224\.sam_in1k lacks seed'):
         script.read_facts(path)
     path.write_text(json.dumps([dict(FACT, weights='ait_small.mine')]))
-    with pytest.raises(ValueError, match=r'ait_small\.mine is no tag of a model; known are ait_small\.untrained'):
+    with pytest.raises(ValueError, match=r'ait_small\.mine is no tag of a model; use one of ait_small\.untrained'):
         script.read_facts(path)

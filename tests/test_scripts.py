@@ -1,4 +1,4 @@
-"""timm's own, unmodified scripts, for whoever names a checkout of timm in TIMM_CHECKOUT."""
+"""The unmodified scripts of timm work with the models. TIMM_CHECKOUT must be a checkout of timm."""
 
 import csv
 import json
@@ -25,13 +25,13 @@ TOY += ['--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--wo
 TOY += ['--validation-batch-size', '16', '--opt', 'adamw', '--lr', '1e-3']
 
 pytestmark = pytest.mark.skipif(
-    not Path(CHECKOUT, 'train.py').is_file(), reason='TIMM_CHECKOUT names no checkout of timm with train.py'
+    not Path(CHECKOUT, 'train.py').is_file(), reason='TIMM_CHECKOUT must be a checkout of timm with train.py'
 )
 
 
 @pytest.fixture(scope='module')
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the scripts, out of the checkout whose timm they would import, and images of three colours."""
+    """Make a folder with copies of the scripts, which import the installed timm there, and images of three colours."""
     folder = tmp_path_factory.mktemp('bench')
     for script in Path(CHECKOUT).glob('*.py'):
         shutil.copy(script, folder)
@@ -88,7 +88,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize('name', SWITCHES)
-def test_train(bench: Path, name: str) -> None:
+def test_train_py_runs_with_its_switches(bench: Path, name: str) -> None:
     if name == 'distillation':
         teacher = timm.create_model('test_vit', num_classes=CLASSES, img_size=32)
         save_for_hf(teacher, str(bench / 'teacher'), model_args={'img_size': 32}, safe_serialization=True)
@@ -102,7 +102,7 @@ def test_train(bench: Path, name: str) -> None:
     torch.testing.assert_close(memory.norm(dim=-1), torch.ones(len(memory)))
 
 
-def test_validate_repeats_the_accuracy_of_training_at_every_batch_size(bench: Path) -> None:
+def test_validate_py_gives_the_accuracy_of_train_py_at_every_batch_size(bench: Path) -> None:
     _, folder = train(bench, 'accuracy', '--epochs', '3')
     with open(folder / 'summary.csv') as file:
         printed = round(float(list(csv.DictReader(file))[-1]['eval_top1']), 4)
@@ -117,7 +117,7 @@ def test_validate_repeats_the_accuracy_of_training_at_every_batch_size(bench: Pa
             assert (found[0] if isinstance(found, list) else found)['top1'] == printed
 
 
-def test_resume_goes_on_where_the_run_stopped(bench: Path) -> None:
+def test_train_py_resumes_a_run_after_its_last_epoch(bench: Path) -> None:
     _, whole = train(bench, 'whole', '--epochs', '2')
     _, first = train(bench, 'first', '--epochs', '1')
     log, second = train(bench, 'second', '--epochs', '2', '--resume', str(first / 'last.pth.tar'))
@@ -128,7 +128,7 @@ def test_resume_goes_on_where_the_run_stopped(bench: Path) -> None:
 
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=[recipe.stem for recipe in RECIPES])
-def test_a_recipe_runs_at_toy_size(bench: Path, recipe: Path) -> None:
+def test_every_recipe_runs_at_toy_size(bench: Path, recipe: Path) -> None:
     args = ['--pretrained-path', save_weights(bench, 'test_ait')] if 'finetune' in recipe.stem else []
     log = run(
         bench, 'train.py', '--config', str(recipe), '--data-dir', 'data', '--output', 'output',
@@ -137,7 +137,7 @@ def test_a_recipe_runs_at_toy_size(bench: Path, recipe: Path) -> None:
     assert 'Best metric' in log
 
 
-def test_other_scripts_run_through_the_launcher(bench: Path) -> None:
+def test_scripts_without_device_modules_run_with_the_launcher(bench: Path) -> None:
     launcher = ['-m', 'timm_ait']
     common = ['--model', 'test_ait', '--num-classes', str(CLASSES)]
     log = run(bench, *launcher, 'benchmark.py', *common, '--device', 'cpu', '-b', '4', '--bench', 'inference',

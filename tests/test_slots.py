@@ -1,4 +1,4 @@
-"""The script that says what a memory tells tokens apart."""
+"""slots.py measures whether a memory tells tokens apart."""
 
 import sys
 from pathlib import Path
@@ -8,27 +8,11 @@ import timm
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from timm_ait import GlobalWorkspace
-
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import slots
 
 
-def test_orthogonal_slots_tell_tokens_apart_and_equal_ones_do_not() -> None:
-    layer = GlobalWorkspace(2, num_slots=2, slot_dim=2)
-    with torch.no_grad():
-        layer.linear_transform.weight.copy_(40 * torch.eye(2))  # attractors 40 gamma, each token reads one of them
-        layer.linear_transform.bias.zero_()
-        layer.memory.copy_(torch.eye(2))
-        h = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        apart = slots.measure(layer, h)
-        layer.memory.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-        alike = slots.measure(layer, h)
-    assert apart == pytest.approx((0.0, 40.0, 100 * 0.5**0.5))  # both 40 long, their mean 20 from either axis
-    assert alike == pytest.approx((1.0, 40.0, 0.0))
-
-
-def test_it_prints_a_row_a_block_and_watches_an_untrained_memory(
+def test_the_script_prints_a_row_for_each_block_or_each_number_of_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for label in 'ab':

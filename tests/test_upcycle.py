@@ -1,6 +1,8 @@
-"""AiT that starts from the weights of a ViT: timm's repositories on the Hub, played by a small one on loopback."""
+"""An AiT that starts from the weights of a ViT. A small Hub on loopback stands for timm's repositories."""
 
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,25 @@ from hub_child import Child, blobs
 from hub_server import LoopbackHub
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
 from timm_ait import ait
 from timm_ait.convert import choose_layers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import upcycle
 
 VIT = 'vit_base_patch16_224'
 MODELS = {'ait_vit_base_patch16_224': 12, 'ait_vit_medium_patch16_224': 6, 'ait_vit_small_patch16_224': 2}
 TAGS = list(ait.default_cfgs['ait_vit_base_patch16_224'].cfgs)
 BEST = f'timm/{VIT}.augreg2_in21k_ft_in1k'
-# The shape of the ViT in small: only widths and image differ, layout and names are those of ViT-B/16.
+# A small ViT-B/16: widths and image size differ, layout and names are the same.
 TOY: dict[str, Any] = dict(embed_dim=24, num_heads=3, img_size=32, patch_size=16)
 MEMORY: dict[str, Any] = dict(num_slots=7, slot_dim=5, write_heads=2, bottleneck=11)
 
 
 def make_vit(**kwargs: Any) -> nn.Module:
-    """A ViT of random weights, norms and biases included, so that nothing can be left out unnoticed."""
+    """Make a ViT whose parameters are all random, so that none can be left out unnoticed."""
     torch.manual_seed(5)
     vit = timm.create_model(VIT, **dict(TOY, **kwargs)).eval()
     for parameter in vit.parameters():
@@ -40,31 +46,31 @@ def images(size: int = 32) -> Tensor:
 
 @torch.no_grad()
 def logits_of(name: str, channels: int = 3, **kwargs: Any) -> Tensor:
-    """In the child: the logits that a user of ``name`` gets from its pretrained weights."""
+    """Load pretrained weights and return logits. It runs in the child."""
     size = kwargs.get('img_size', 224)
     return timm.create_model(name, pretrained=True, **kwargs).eval()(images(size)[:, :channels]).numpy()
 
 
 @pytest.fixture
-def remote(served: LoopbackHub) -> LoopbackHub:
-    """Timm's repository, with a toy ViT under the true file name and keys."""
+def vit_hub(served: LoopbackHub) -> LoopbackHub:
+    """The small Hub, with timm's repository of a toy ViT."""
     served.repos = {BEST: {'model.safetensors': safetensors.torch.save(make_vit().state_dict())}}
     served.requests.clear()
     return served
 
 
 @torch.no_grad()
-def test_the_upcycled_models_logits_are_those_of_the_vit(remote: LoopbackHub, child: Child, tmp_path: Path) -> None:
+def test_the_upcycled_models_logits_are_those_of_the_vit(vit_hub: LoopbackHub, child: Child, tmp_path: Path) -> None:
     upcycled = child(logits_of, 'ait_vit_base_patch16_224', cache_dir=tmp_path, **TOY, **MEMORY)
     expected = make_vit()(images())
     assert expected.std() > 0.1
     torch.testing.assert_close(torch.from_numpy(upcycled), expected, rtol=0, atol=1e-5)
     path = f'/{BEST}/resolve/main/model.safetensors'
-    assert remote.requests == [f'HEAD {path}', f'GET {path}']
+    assert vit_hub.requests == [f'HEAD {path}', f'GET {path}']
 
 
 @torch.no_grad()
-def test_so_are_those_of_the_full_size_at_224_pixels(tmp_path: Path) -> None:
+def test_the_upcycled_models_logits_are_those_of_the_vit_at_full_size_and_224_pixels(tmp_path: Path) -> None:
     torch.manual_seed(5)
     vit = timm.create_model(VIT).eval()
     nn.init.normal_(vit.head.weight, std=0.1)
@@ -77,7 +83,7 @@ def test_so_are_those_of_the_full_size_at_224_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('tag', TAGS)
-def test_each_tag_is_read_as_timm_reads_its_vit(tag: str) -> None:
+def test_each_tag_has_the_config_of_timms_vit(tag: str) -> None:
     theirs = get_pretrained_cfg(f'{VIT}.{tag}')
     assert theirs is not None
     for name in MODELS:
@@ -91,14 +97,14 @@ def test_each_tag_is_read_as_timm_reads_its_vit(tag: str) -> None:
         assert 'not trained as an AiT' in str(ours.description)
 
 
-def test_the_best_vit_is_the_default_and_all_are_listed_as_pretrained() -> None:
+def test_the_best_vit_is_the_default_tag_and_all_tags_are_listed_as_pretrained() -> None:
     listed = timm.list_models('ait_vit_*', module='ait', pretrained=True)
     assert set(listed) == {f'{name}.{tag}' for name in MODELS for tag in TAGS}
     for name in MODELS:
         assert timm.create_model(name, **TOY).pretrained_cfg['tag'] == 'augreg2_in21k_ft_in1k'
 
 
-def test_the_layers_of_a_shallower_model_are_spread_evenly_with_both_ends() -> None:
+def test_the_layers_of_a_shallower_model_are_evenly_spread_with_the_first_and_the_last() -> None:
     assert choose_layers(12, 12) == list(range(12))
     assert choose_layers(12, 6) == [0, 2, 4, 7, 9, 11]
     assert choose_layers(12, 2) == [0, 11]
@@ -113,8 +119,8 @@ def test_the_layers_of_a_shallower_model_are_spread_evenly_with_both_ends() -> N
 
 @pytest.mark.parametrize('name', ['ait_vit_medium_patch16_224', 'ait_vit_small_patch16_224'])
 @torch.no_grad()
-def test_a_shallower_model_is_the_vit_without_the_other_layers(
-    name: str, remote: LoopbackHub, child: Child, tmp_path: Path
+def test_a_shallower_model_has_the_logits_of_the_vit_without_the_other_layers(
+    name: str, vit_hub: LoopbackHub, child: Child, tmp_path: Path
 ) -> None:
     vit = make_vit()
     vit.blocks = nn.Sequential(*[vit.blocks[i] for i in choose_layers(12, MODELS[name])])
@@ -122,8 +128,8 @@ def test_a_shallower_model_is_the_vit_without_the_other_layers(
     torch.testing.assert_close(torch.from_numpy(upcycled), vit(images()), rtol=0, atol=1e-5)
 
 
-def test_other_heads_channels_and_sizes_start_from_the_same_weights(
-    remote: LoopbackHub, child: Child, tmp_path: Path
+def test_a_vit_is_loaded_for_other_classes_channels_and_image_sizes(
+    vit_hub: LoopbackHub, child: Child, tmp_path: Path
 ) -> None:
     args = dict(TOY, **MEMORY, cache_dir=tmp_path)
     name = 'ait_vit_base_patch16_224'
@@ -137,7 +143,7 @@ def test_other_heads_channels_and_sizes_start_from_the_same_weights(
     torch.testing.assert_close(torch.from_numpy(larger), vit(images(64)).detach(), rtol=0, atol=1e-5)
 
 
-def test_a_vit_without_head_gives_features_and_any_head(tmp_path: Path) -> None:
+def test_a_vit_without_a_head_gives_features_and_takes_any_new_head(tmp_path: Path) -> None:
     safetensors.torch.save_file(make_vit(num_classes=0).state_dict(), tmp_path / 'dino.safetensors')
     args = dict(TOY, **MEMORY, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'dino.safetensors')))
     features = timm.create_model('ait_vit_base_patch16_224.dino', **args).eval()
@@ -145,7 +151,7 @@ def test_a_vit_without_head_gives_features_and_any_head(tmp_path: Path) -> None:
     assert timm.create_model('ait_vit_base_patch16_224.dino', num_classes=7, **args)(images()).shape == (3, 7)
 
 
-def test_fine_tuning_starts_at_the_vit_and_grows_the_workspace(tmp_path: Path) -> None:
+def test_fine_tuning_moves_the_scale_from_zero_and_then_the_linear_transform(tmp_path: Path) -> None:
     safetensors.torch.save_file(make_vit().state_dict(), tmp_path / 'vit.safetensors')
     args = dict(TOY, **MEMORY, pretrained=True, num_classes=7)
     overlay = dict(file=str(tmp_path / 'vit.safetensors'))
@@ -160,33 +166,53 @@ def test_fine_tuning_starts_at_the_vit_and_grows_the_workspace(tmp_path: Path) -
         optimizer.step()
         optimizer.zero_grad()
     assert all(scale.any() for scale in scales)
-    assert moved == [False, True]  # the retrieval is trained as soon as the scale has left zero
+    assert moved == [False, True]  # the retrieval gets a gradient once the scale is not zero
 
 
-def test_a_vit_of_another_shape_is_named_with_the_file(remote: LoopbackHub, child: Child, tmp_path: Path) -> None:
+def test_a_vit_of_another_shape_is_an_error_that_names_the_file(
+    vit_hub: LoopbackHub, child: Child, tmp_path: Path
+) -> None:
     said = child.fails('ait_vit_base_patch16_224', cache_dir=tmp_path, **dict(TOY, embed_dim=36), **MEMORY)
     assert re.search(
-        r'model\.safetensors: \S+ has the shape \(.*24.*\) in the checkpoint, \(.*36.*\) in the model', said
+        r'model\.safetensors: \S+ has the shape \(.*24.*\) in the checkpoint and \(.*36.*\) in the model', said
     )
 
 
-def test_a_layout_that_adds_parameters_is_refused(tmp_path: Path) -> None:
+def test_a_vit_with_more_parameters_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(make_vit(init_values=0.1, depth=2).state_dict(), tmp_path / 'layer_scale.safetensors')
     overlay = dict(file=str(tmp_path / 'layer_scale.safetensors'))
     with pytest.raises(ValueError, match=r'layer_scale\.safetensors: .* unknown keys blocks\.0\.ls1\.gamma'):
         timm.create_model('ait_vit_small_patch16_224', pretrained=True, pretrained_cfg_overlay=overlay, **TOY, **MEMORY)
 
 
-def test_the_papers_models_do_not_drop_layers_in_silence(tmp_path: Path) -> None:
+def test_a_model_of_the_paper_refuses_a_deeper_vit(tmp_path: Path) -> None:
     safetensors.torch.save_file(make_vit().state_dict(), tmp_path / 'vit.safetensors')
     overlay = dict(file=str(tmp_path / 'vit.safetensors'))
     with pytest.raises(ValueError, match=r'vit\.safetensors: .* unknown keys blocks\.10\.'):
         timm.create_model('ait_small', pretrained=True, pretrained_cfg_overlay=overlay, **TOY, **MEMORY)
 
 
-def test_a_vits_file_is_held_to_the_hash_of_the_hub(remote: LoopbackHub, child: Child, tmp_path: Path) -> None:
-    remote.faults[BEST] = 'flip'
+def test_the_file_of_a_vit_must_have_the_hash_of_the_hub(vit_hub: LoopbackHub, child: Child, tmp_path: Path) -> None:
+    vit_hub.faults[BEST] = 'flip'
     said = child.fails('ait_vit_base_patch16_224', cache_dir=tmp_path, **TOY, **MEMORY)
-    remote.faults.clear()
+    vit_hub.faults.clear()
     assert f'{BEST}/resolve/main/model.safetensors has the sha256' in said
     assert not blobs(tmp_path)
+
+
+def test_the_comparison_with_the_vit_runs_and_records_both(tmp_path: Path) -> None:
+    for split, count in (('train', 3), ('test', 2)):
+        for label in range(10):
+            (tmp_path / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / split / str(label) / f'{i}.png')
+    sizes = {'--pretrain-images': 2, '--finetune-images': 1, '--test-images': 2, '--batch-size': 5, '--seeds': 2}
+    args = [str(x) for pair in sizes.items() for x in pair]
+    upcycle.main([str(tmp_path), '--out', str(tmp_path / 'out'), '--epochs', '1', '1', '--threads', '1', *args])
+    record = json.loads((tmp_path / 'out' / 'upcycle.json').read_text())
+    assert (
+        record['vit'] == record['vit at the start'] == record['ait at the start']
+    )  # the AiT computes what the ViT does
+    assert {name: len(values) for name, values in record['finetuned'].items()} == {'vit': 2, 'ait': 2}
+    assert {'cpu', 'torch', 'timm', 'commit', 'arguments', 'seconds'} <= record.keys()
+    assert str(tmp_path) not in json.dumps(record['arguments']).replace(str(tmp_path / 'out'), '')

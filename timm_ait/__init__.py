@@ -3,6 +3,7 @@
 from . import ait  # noqa: F401  registers the models
 from .convert import checkpoint_filter_fn
 from .hopfield import HopfieldRetrieval, hopfield_energy
+from .report import BlockReport, format_report, memory_report
 from .transformer import AssociativeBlock, AssociativeTransformer, NormalizedPatchEmbed
 from .workspace import GlobalWorkspace
 
@@ -11,9 +12,12 @@ __version__ = '0.1.0'
 __all__ = [
     'AssociativeBlock',
     'AssociativeTransformer',
+    'BlockReport',
     'GlobalWorkspace',
     'HopfieldRetrieval',
     'NormalizedPatchEmbed',
     'checkpoint_filter_fn',
+    'format_report',
     'hopfield_energy',
+    'memory_report',
 ]

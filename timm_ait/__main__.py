@@ -1,7 +1,8 @@
-"""Run a script with the models registered: ``python -m timm_ait SCRIPT.py ARGS...``, also under ``torchrun -m``.
+"""Register the models, then run a script: ``python -m timm_ait SCRIPT.py ARGS``, also under ``torchrun -m``.
 
-For the scripts of timm that have no ``--device-modules``: validate.py, benchmark.py, inference.py, onnx_export.py, ...
-The script sees what it would see if it were called directly: its own ``sys.argv``, ``__main__`` and first import path.
+This is for the scripts of timm that have no ``--device-modules``, such as validate.py, benchmark.py, inference.py and
+onnx_export.py. The script runs as if you had called it directly: ``sys.argv``, ``__main__`` and the first import path
+are the same.
 """
 
 import os
@@ -17,7 +18,7 @@ def main() -> None:
     """Run the script that the command line names.
 
     Raises:
-        SystemExit: With code 2 where it names none, or none that exists.
+        SystemExit: With code 2 if it names no script, or one that does not exist.
     """
     script, *args = sys.argv[1:] or ['-h']
     if script in ('-h', '--help'):
@@ -27,7 +28,7 @@ def main() -> None:
         print(f'{USAGE}\nno script at {os.path.abspath(script)!r}; give the path of a Python file', file=sys.stderr)
         raise SystemExit(2)
     sys.argv = [script, *args]
-    if not getattr(sys.flags, 'safe_path', False):  # which Python 3.10 does not know
+    if not getattr(sys.flags, 'safe_path', False):  # Python 3.10 has no safe_path
         sys.path[0] = os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name='__main__')
 

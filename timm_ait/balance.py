@@ -1,7 +1,7 @@
 """How the balance loss reaches the gradient, although the training loop does not know of it.
 
-A loop computes ``loss = criterion(model(x), target)``, multiplies it by some ``scale`` and calls ``backward``. What must
-come out are the gradients of ``scale * (criterion(...) + balance_loss)``. The scale counts: train.py divides by its
+A loop computes ``loss = criterion(model(x), target)``, multiplies it by some ``scale`` and calls ``backward``. The
+result must be the gradients of ``scale * (criterion(...) + balance_loss)``. The scale counts: train.py divides by its
 accumulation steps, and a float16 gradient scaler multiplies by 65,536. A balance loss that ignored them would weigh n
 times too much, or 1/65,536 of what it should.
 
@@ -61,8 +61,12 @@ def _begin(new: _Pass) -> None:
     """Note the scale of the running backward pass, until it ends."""
     task = torch._C._current_graph_task_id()
     if task not in _passes:
-        Variable._execution_engine.queue_callback(lambda: _passes.pop(task, None))
+        Variable._execution_engine.queue_callback(partial(_end, task))
     _passes[task] = new
+
+
+def _end(task: int) -> None:
+    _passes.pop(task, None)
 
 
 def attach(memory: Tensor, balance_loss: Tensor) -> Tensor:
@@ -124,14 +128,14 @@ class _State:
 
 
 UNKNOWN_SCALE = (
-    'timm_ait could not follow how the last loss was computed from the outputs of the model, and took 1 for the scale of '
-    'its balance loss. Under float16 the loss is usually multiplied by a gradient scaler. Set model.auto_balance = False '
-    'and add model.balance_loss() to the loss before it is scaled'
+    'timm_ait could not follow how the last loss was computed from the outputs of the model, and took 1 for the scale '
+    'of its balance loss. Under float16 the loss is usually multiplied by a gradient scaler. Set '
+    'model.auto_balance = False and add model.balance_loss() to the loss before it is scaled'
 )
 COUNTED_ONCE = (
     'Two backward passes went through one forward of the model, and timm_ait could not follow how their losses were '
-    'computed. It added the balance loss in the first pass alone. To choose yourself, set model.auto_balance = False and '
-    'add model.balance_loss() to one loss'
+    'computed. It added the balance loss in the first pass alone. To choose yourself, set model.auto_balance = False '
+    'and add model.balance_loss() to one loss'
 )
 
 
@@ -247,8 +251,8 @@ def track(outputs: Any) -> Any:
     """The outputs of a training forward such that a loss computed from them tells the scale of the training loop.
 
     Args:
-        outputs: A tensor of any shape, or a tuple, list or dict of such tensors. What is no plain tensor that requires a
-            gradient, a traced proxy for example, stays as it is.
+        outputs: A tensor of any shape, or a tuple, list or dict of such tensors. What is no plain tensor that requires
+            a gradient, a traced proxy for example, stays as it is.
     """
     if torch.compiler.is_compiling():
         return tree_map(lambda x: x.as_subclass(TrackedTensor) if type(x) is Tensor else x, outputs)

@@ -1,4 +1,4 @@
-"""The model card of one set of weights, in the Hub's format, out of facts."""
+"""Write the model card of one set of weights, in the format of the Hub."""
 
 import json
 from pathlib import Path
@@ -7,30 +7,20 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import EvalResult, ModelCardData
+from torch import nn
 
 from .pretrained import FILENAME, HUB_ORGANISATION, sha256_of
 
-__all__ = ['default_repo', 'write_card']
+__all__ = ['default_repo', 'metadata', 'write_card']
 
-# Arguments of train.py that make a recipe; paths, names and switches of the machine are nobody's business.
+# The arguments of train.py that make a recipe. Paths, names and switches of the machine are private and left out.
 RECIPE = (
-    *(
-        'model',
-        'model_kwargs',
-        'pretrained',
-        'img_size',
-        'input_size',
-        'num_classes',
-        'epochs',
-        'batch_size',
-        'world_size',
-    ),
-    *('opt', 'lr', 'opt_betas', 'opt_eps', 'weight_decay', 'layer_decay', 'clip_grad'),
-    *('sched', 'warmup_epochs', 'warmup_lr', 'cooldown_epochs', 'min_lr', 'grad_accum_steps', 'amp', 'amp_dtype'),
-    *('scale', 'ratio', 'hflip', 'vflip', 'train_crop_mode', 'color_jitter', 'aa', 'reprob', 'mixup', 'cutmix'),
-    *('mixup_off_epoch', 'smoothing', 'drop', 'drop_path', 'bce_loss'),
-    *('model_ema', 'model_ema_decay', 'model_ema_warmup', 'seed'),
-)
+    'model model_kwargs pretrained img_size input_size num_classes epochs batch_size world_size '
+    'opt lr opt_betas opt_eps weight_decay layer_decay clip_grad '
+    'sched warmup_epochs warmup_lr cooldown_epochs min_lr grad_accum_steps amp amp_dtype '
+    'scale ratio hflip vflip train_crop_mode color_jitter aa reprob mixup cutmix mixup_off_epoch smoothing '
+    'drop drop_path bce_loss model_ema model_ema_decay model_ema_warmup seed'
+).split()
 METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %', 'metric': 'metric of the training run'}
 BODY = """# {name}
 
@@ -61,26 +51,33 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 def default_repo(folder: Path) -> str:
-    """The repository that a folder is meant for, by its name."""
+    """Return the repository of this package that has the name of the folder."""
     return f'{HUB_ORGANISATION}/{folder.name}'
 
 
 def write_card(
-    folder: Path, facts: dict[str, Any], args: dict[str, Any], dataset: str, weights: str, commit: str, version: str
+    folder: Path,
+    model: nn.Module,
+    facts: dict[str, Any],
+    args: dict[str, Any],
+    dataset: str,
+    weights: str,
+    commit: str,
+    version: str,
 ) -> None:
     """Write README.md beside config.json and the weights.
 
     Args:
-        folder: Of the weights.
-        facts: Metrics by name, as validate.py and train.py call them.
+        folder: Folder of the weights.
+        model: The model that holds them.
+        facts: Metrics by the names that validate.py and train.py use.
         args: Arguments of train.py.
-        dataset: What the metrics are on.
-        weights: Which weights of the run these are.
-        commit: Of the code that trained them, '' where it is not known.
-        version: Of the code that writes.
+        dataset: Name of the data set that the metrics were measured on.
+        weights: Says which weights of the run these are, averaged or not.
+        commit: Commit of the code that trained them, '' if it is not known.
+        version: Version of the code that writes the card.
     """
     config = json.loads((folder / 'config.json').read_text())
-    model = timm.create_model(config['architecture'], **config['model_args'])
     body = BODY.format(
         name=folder.name,
         repo=default_repo(folder),
@@ -98,43 +95,50 @@ def write_card(
         timm=timm.__version__,
         torch=torch.__version__,
     )
-    head = _metadata(folder.name, facts, dataset, config['pretrained_cfg'].get('license', 'apache-2.0'))
+    accuracies = [(dataset, 'top-1 accuracy', facts['top1'])] if dataset and 'top1' in facts else []
+    head = metadata(folder.name, accuracies, config['pretrained_cfg'].get('license', 'apache-2.0'))
     (folder / 'README.md').write_text(f'---\n{head}\n---\n{body}')
 
 
-def _results(facts: dict[str, Any], dataset: str) -> str:
-    lines = [f'- {METRICS[key]}: {facts[key]:.2f}' for key in METRICS if key in facts]
-    if not lines:
-        return 'None are stated.'
-    return '\n'.join([f'On {dataset or "a data set that was not named"}:', '', *lines])
+def metadata(name: str, accuracies: list[tuple[str, str, float]], license: str = 'apache-2.0') -> str:
+    """Write the head of a card, which the Hub reads, as YAML.
 
-
-def _recipe(args: dict[str, Any]) -> str:
-    given = {key: args[key] for key in RECIPE if args.get(key) not in (None, False, '', {}, ())}
-    if not given:
-        return 'Not stated.'
-    return '\n'.join(["Arguments of timm's train.py:", '', '```yaml', *(f'{k}: {v}' for k, v in given.items()), '```'])
-
-
-def _metadata(name: str, facts: dict[str, Any], dataset: str, license: str) -> str:
-    results = None
-    if dataset and 'top1' in facts:
-        results = [
-            EvalResult(
-                task_type='image-classification',
-                dataset_type='imagefolder',
-                dataset_name=dataset,
-                metric_type='accuracy',
-                metric_name='top-1 accuracy',
-                metric_value=facts['top1'],
-            )
-        ]
+    Args:
+        name: Name of the model.
+        accuracies: Data set, name of the metric, and value in percent, for each result.
+        license: Licence of the weights, as the Hub calls it.
+    """
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type='imagefolder',
+            dataset_name=dataset,
+            metric_type='accuracy',
+            metric_name=metric,
+            metric_value=value,
+        )
+        for dataset, metric, value in accuracies
+    ]
     data = ModelCardData(
         license=license,
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['timm', 'timm_ait', 'image-classification'],
         model_name=name,
-        eval_results=results,
+        eval_results=results or None,
     )
     return str(data.to_yaml())
+
+
+def _results(facts: dict[str, Any], dataset: str) -> str:
+    lines = [f'- {METRICS[key]}: {facts[key]:.2f}' for key in METRICS if key in facts]
+    if not lines:
+        return 'No results are given.'
+    return '\n'.join([f'On {dataset or "an unnamed data set"}:', '', *lines])
+
+
+def _recipe(args: dict[str, Any]) -> str:
+    given = {key: args[key] for key in RECIPE if args.get(key) not in (None, False, '', {}, ())}
+    if not given:
+        return 'No recipe is given.'
+    return '\n'.join(["Arguments of timm's train.py:", '', '```yaml', *(f'{k}: {v}' for k, v in given.items()), '```'])

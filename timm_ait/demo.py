@@ -1,13 +1,14 @@
-"""Fine-tune an AiT on real handwritten digits with timm's own parts: ``python -m timm_ait.demo``.
+"""Fine-tune an AiT on real handwritten digits with the parts of timm: ``python -m timm_ait.demo``.
 
-The 1,797 digits inside scikit-learn become an image folder of 32x32 PNG files. The demo trains on four fifths of them,
-saves, reloads and validates the checkpoint as any user of timm would, and draws what the model sees and remembers.
+scikit-learn brings 1,797 digits, which are written as an image folder of 32x32 PNG files. The demo trains on four
+fifths of them, then saves, reloads and validates the checkpoint as any user of timm would. At the end it draws a
+picture of the predictions and of the use of the memory.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from timm.task import ClassificationTask
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed
 from torch import Tensor, nn
 
-import timm_ait  # noqa: F401  registers the models
+from timm_ait import format_report, memory_report
 
 MODEL = 'test_ait'
 CLASSES = 10
@@ -35,16 +36,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--output', type=Path, default=Path('output/demo'), help='folder for images and checkpoints')
     parser.add_argument('--epochs', type=int, default=6)
     parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--workers', type=int, default=1, help='processes that load images')
-    parser.add_argument('--threads', type=int, default=1, help='of the model; one repeats its figures on any machine')
+    parser.add_argument('--workers', type=int, default=1, help='number of processes that load images')
+    parser.add_argument('--threads', type=int, default=1, help='CPU threads; 1 gives the same results on every run')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--min-accuracy', type=float, default=95.0, help='less, in percent, is a failure')
+    parser.add_argument('--min-accuracy', type=float, default=95.0, help='in percent; the demo fails below it')
     return parser.parse_args(argv)
 
 
 def write_digits(folder: Path, seed: int) -> None:
-    """Write scikit-learn's digits as ``folder/{train,val}/<digit>/<number>.png``, RGB, 32x32; 4 to 1 in each class."""
+    """Write scikit-learn's digits as ``folder/{train,val}/<digit>/<number>.png``, RGB, 32x32; four fifths are train."""
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -61,7 +62,7 @@ def write_digits(folder: Path, seed: int) -> None:
 
 
 def make_loader(model: nn.Module, folder: Path, split: str, args: argparse.Namespace) -> Any:
-    """A timm loader of ``folder/split``, with mild augmentation (digits are not mirrored) for training."""
+    """Make a timm loader of ``folder/split``. Training crops the images a little, but never mirrors a digit."""
     config = resolve_data_config({}, model=model)
     is_training = split == 'train'
     return create_loader(
@@ -85,12 +86,12 @@ def make_loader(model: nn.Module, folder: Path, split: str, args: argparse.Names
 def train_epoch(
     task: ClassificationTask, loader: Any, optimizer: torch.optim.Optimizer, scheduler: Any, epoch: int, epochs: int
 ) -> None:
-    """Train one epoch behind a progress bar, stepping the schedule with every batch."""
+    """Train one epoch with a progress bar. The learning rate changes with every batch."""
     from tqdm import tqdm
 
     task.train()
     losses = AverageMeter()
-    bar = tqdm(loader, desc=f'epoch {epoch + 1:2d}/{epochs}', leave=False, disable=None)  # None: on a terminal alone
+    bar = tqdm(loader, desc=f'epoch {epoch + 1:2d}/{epochs}', leave=False, disable=None)  # None: only on a terminal
     for step, (images, targets) in enumerate(bar, start=epoch * len(loader) + 1):
         loss = task(images.to(task.device), targets.to(task.device))['loss']
         optimizer.zero_grad()
@@ -103,7 +104,7 @@ def train_epoch(
 
 @torch.inference_mode()
 def validate(model: nn.Module, loader: Any, device: str) -> float:
-    """Top-1 accuracy in percent."""
+    """Measure the top-1 accuracy, in percent."""
     model.eval()
     top1 = AverageMeter()
     for images, targets in loader:
@@ -113,7 +114,7 @@ def validate(model: nn.Module, loader: Any, device: str) -> float:
 
 
 def fit(model: nn.Module, folder: Path, args: argparse.Namespace) -> float:
-    """Train on ``folder``, keep the best checkpoint in ``args.output``; return its validation accuracy in percent."""
+    """Train on ``folder``, save the best checkpoint in ``args.output``, return its validation accuracy in percent."""
     train_loader, val_loader = (make_loader(model, folder, split, args) for split in ('train', 'val'))
     task = ClassificationTask(model, nn.CrossEntropyLoss(), device=torch.device(args.device), verbose=False)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=LR, weight_decay=WEIGHT_DECAY)
@@ -138,34 +139,31 @@ def fit(model: nn.Module, folder: Path, args: argparse.Namespace) -> float:
 
 @torch.inference_mode()
 def look_inside(model: Any, loader: Any, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the model over all images, with a hook on what each workspace reads its memory with.
+    """Run the model over all images and record the retrieval attention of each block.
 
     Returns:
-        Images (B, 3, H, W), labels (B,), predictions (B,) and the mean retrieval attention (L, M) of slots per block.
+        Images (B, 3, H, W), labels (B,), predictions (B,), and for each of the L blocks the mean attention that each
+        of its M slots gets (L, M).
     """
     attention: list[list[Tensor]] = [[] for _ in model.blocks]
     hooks = [
-        block.mlp.norm.register_forward_hook(_record_attention(block.mlp, seen))
+        block.mlp.retrieval.softmax.register_forward_hook(partial(_append_mean, seen))
         for block, seen in zip(model.blocks, attention, strict=True)
     ]
     batches = [(images, labels, model(images.to(device)).argmax(dim=-1).cpu()) for images, labels in loader]
     for hook in hooks:
         hook.remove()
     images, labels, predictions = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return images, labels, predictions, torch.stack([torch.cat(seen).mean(dim=0) for seen in attention])
+    weights = torch.tensor([len(labels) for _, labels, _ in batches]) / len(labels)
+    return images, labels, predictions, torch.stack([weights @ torch.stack(seen) for seen in attention])
 
 
-def _record_attention(workspace: Any, seen: list[Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, h: Tensor) -> None:
-        attractors = workspace.attractors(workspace.memory)  # (M, D) -> (M, E)
-        weights = (workspace.beta * h @ attractors.t()).softmax(dim=-1)  # (B, N, M)
-        seen.append(weights.mean(dim=1).cpu())
-
-    return hook
+def _append_mean(seen: list[Tensor], module: nn.Module, args: Any, shares: Tensor) -> None:
+    seen.append(shares.flatten(0, -2).mean(dim=0).cpu())  # (B*N, M) or (B, N, M) -> (M,)
 
 
 def draw(path: Path, images: Tensor, labels: Tensor, predictions: Tensor, usage: Tensor) -> None:
-    """Draw digits (B, 3, H, W), the wrongly classified first, above the use (L, M) of each block's slots."""
+    """Draw the digits (B, 3, H, W), errors first, and below them the use of the slots of each block (L, M)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.5), layout='constrained', facecolor='white')
@@ -179,8 +177,8 @@ def _draw_digits(figure: Any, images: Tensor, labels: Tensor, predictions: Tenso
     is_wrong = labels != predictions
     wrong, right = is_wrong.nonzero()[:, 0], (~is_wrong).nonzero()[:, 0]
     axes = figure.subplots(3, 12).flat
-    spread = torch.linspace(0, len(right) - 1, max(len(axes) - len(wrong), 0)).long()  # over all classes
-    figure.suptitle(f'{len(right)} of {len(labels)} validation images are right; wrong ones come first, in red')
+    spread = torch.linspace(0, len(right) - 1, max(len(axes) - len(wrong), 0)).long()  # from all classes
+    figure.suptitle(f'{len(right)} of {len(labels)} validation images are classified right; errors come first, in red')
     for axis, i in zip(axes, [*wrong.tolist(), *right[spread].tolist()], strict=False):
         grey = images[i].mean(dim=0).numpy()
         axis.imshow(grey, cmap='gray')
@@ -194,20 +192,20 @@ def _draw_digits(figure: Any, images: Tensor, labels: Tensor, predictions: Tenso
 
 def _draw_slots(figure: Any, usage: Tensor) -> None:
     M = usage.shape[1]
-    figure.suptitle('Share of the retrieval that each memory slot gets (dashed: an even share)')
+    figure.suptitle('Mean retrieval attention on each memory slot (dashed: all slots alike)')
     axes = figure.subplots(1, len(usage), sharey=True, squeeze=False)[0]
     for i, (axis, shares) in enumerate(zip(axes, usage, strict=True)):
-        effective = torch.special.entr(shares).sum().exp()  # perplexity: M where all slots are used alike
+        effective = torch.special.entr(shares).sum().exp()  # perplexity: M if all slots get the same attention
         axis.bar(range(M), (100 * shares).numpy(), color='tab:blue')
         axis.axhline(100 / M, color='black', linestyle='--', linewidth=1)
-        axis.set_title(f'block {i}: {effective:.1f} of {M} slots in effect', fontsize=10)
+        axis.set_title(f'block {i}: {effective:.1f} of {M} slots in use (perplexity)', fontsize=10)
         axis.set(xlabel='slot', xticks=range(0, M, 5))
         axis.spines[['top', 'right']].set_visible(False)
     axes[0].set_ylabel('mean attention, %')
 
 
 def commands(data: Path, args: argparse.Namespace) -> list[str]:
-    """The demo as commands for timm's own scripts, on the image folder ``data``."""
+    """List the commands that do the same with the scripts of timm, for the image folder ``data``."""
     common = (
         f'--data-dir {data} --model {MODEL} --num-classes {CLASSES} --device {args.device} --workers {args.workers}'
     )
@@ -224,9 +222,9 @@ def commands(data: Path, args: argparse.Namespace) -> list[str]:
 
 
 def find_fault(trained: float, reloaded: float, minimum: float) -> str:
-    """What is wrong with the accuracies, in percent, of the trained and the reloaded model; '' where nothing is."""
+    """Compare the accuracies, in percent, of the trained and the reloaded model; '' if both are as they should be."""
     if reloaded != trained:
-        return f'the reloaded checkpoint must repeat the {trained} % of the trained model, got {reloaded} %'
+        return f'the reloaded checkpoint must have the accuracy of the trained model, {trained} %, got {reloaded} %'
     if not reloaded >= minimum:
         return f'expected an accuracy of at least {minimum} %, got {reloaded:.2f} %; train longer with --epochs'
     return ''
@@ -256,11 +254,13 @@ def main(argv: list[str] | None = None) -> int:
 
     picture = args.output / 'demo.png'
     draw(picture, *look_inside(model, loader, args.device))
-    print(f'{picture}: predictions and use of the memory; {time.monotonic() - start:.0f} s in all')
+    print(f'what the memory holds:\n{format_report(memory_report(model, loader))}')
+    print(f'{picture}: predictions and use of the memory; {time.monotonic() - start:.0f} s in total')
     if fault := find_fault(trained, reloaded, args.min_accuracy):
         print(f'error: {fault}', file=sys.stderr)
         return 1
-    print('\nThe same with the scripts of timm; put your own folder (train/<class>, val/<class>) and classes in:\n')
+    print('\nThe scripts of timm do the same. For your own images, change --num-classes and --data-dir, a folder with')
+    print('train/<class>/* and val/<class>/*:\n')
     print('\n\n'.join(commands(data, args)))
     return 0
 

@@ -41,7 +41,9 @@ class HopfieldRetrieval(nn.Module):
             As ``base``.
         """
         state = h if attractors.ndim == 3 else h.flatten(0, -2)  # (B, N, E) -> (B*N, E), one product for all images
-        keys = (attractors if self.beta == 1 else self.beta * attractors).transpose(-2, -1)  # (..., M, E) -> (..., E, M)
+        keys = (attractors if self.beta == 1 else self.beta * attractors).transpose(
+            -2, -1
+        )  # (..., M, E) -> (..., E, M)
         for _ in range(self.steps - 1):
             state = torch.matmul(self.softmax(torch.matmul(state, keys)), attractors)
         shares = self.softmax(torch.matmul(state, keys))  # (..., T, M)

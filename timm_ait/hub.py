@@ -1,47 +1,83 @@
 """Publish a trained model: ``python -m timm_ait.hub export CHECKPOINT FOLDER``, then ``push FOLDER ORG/NAME``.
 
-``export`` turns a checkpoint (of timm's train.py, of the authors' code, or plain weights) into the folder that a Hub
-repository is: model.safetensors, config.json, README.md. ``timm.create_model('local-dir:FOLDER', pretrained=True)``
-loads it as it will later load from the Hub. ``push`` uploads it, logged in by ``hf auth login`` or by HF_TOKEN.
+``export`` reads a checkpoint of timm's train.py or of the authors' code, or a file of weights. It writes a folder as
+the Hub holds it: model.safetensors, config.json, README.md. To try that folder as a user of the Hub will, call
+``timm.create_model('local-dir:FOLDER', pretrained=True)``. ``push`` uploads it. Log in first with ``hf auth login``,
+or set HF_TOKEN.
 """
 
 import argparse
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import safetensors.torch
 import timm
 import torch
 from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
 from safetensors import safe_open
 from timm.data import resolve_data_config
-from timm.models import push_to_hf_hub, save_for_hf
+from timm.models import clean_state_dict, push_to_hf_hub, save_for_hf
 from timm.utils import ParseKwargs
+from torch import Tensor
 
 from timm_ait import AssociativeTransformer, __version__
 from timm_ait.card import default_repo, write_card
-from timm_ait.convert import Checkpoint, fit_pretrained, read_checkpoint
+from timm_ait.convert import fit_pretrained
 from timm_ait.pretrained import FILENAME, WeightsError, sha256_of
+from timm_ait.workspace import WORKSPACE_ARGS
 
-__all__ = ['export', 'push']
+__all__ = ['Checkpoint', 'export', 'push', 'read_checkpoint']
 
 DTYPES = ('float32', 'float16', 'bfloat16')
-WORKSPACE_ARGS = (
-    'num_slots',
-    'slot_dim',
-    'write_heads',
-    'bottleneck',
-    'beta',
-    'memory_decay',
-    'balance_weight',
-    'retrieval_steps',
-    'write_mode',
-    'write_grad',
-    'retrieval_scale',
-)
+
+
+class Checkpoint(NamedTuple):
+    """Content of a checkpoint.
+
+    Attributes:
+        state_dict: The weights.
+        args: Arguments of train.py; empty if the file holds weights alone.
+        is_ema: Whether these are averaged weights.
+        facts: Epoch and validation metric, if they are known.
+    """
+
+    state_dict: dict[str, Tensor]
+    args: dict[str, Any]
+    is_ema: bool
+    facts: dict[str, Any]
+
+
+def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
+    """Read a checkpoint of train.py, of the authors' code, or of weights alone. No code in it is run.
+
+    Args:
+        path: The file.
+        use_ema: Read the averaged weights if there are any.
+
+    Raises:
+        ValueError: If the file is missing, is no checkpoint, or holds other things than tensors and plain values.
+    """
+    if not path.is_file():
+        raise ValueError(f'there is no checkpoint {path}; train.py writes output/<experiment>/model_best.pth.tar')
+    if path.suffix == '.safetensors':
+        return Checkpoint(safetensors.torch.load_file(path), {}, False, {})
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f'{path} is no checkpoint of tensors and plain values, so it is not read ({error}); save the weights alone'
+        ) from error
+    is_ema = use_ema and 'state_dict_ema' in content
+    state_dict = content.get('state_dict_ema' if is_ema else 'state_dict', content.get('model', content))
+    facts = {'epoch': content.get('epoch'), content.get('metric_name', 'metric'): content.get('metric')}
+    facts = {key: value for key, value in facts.items() if isinstance(value, (int, float))}
+    return Checkpoint(clean_state_dict(state_dict), vars(content.get('args', argparse.Namespace())), is_ema, facts)
 
 
 def export(
@@ -55,24 +91,25 @@ def export(
     dataset: str = '',
     commit: str = '',
 ) -> Path:
-    """Write a Hub-ready folder, which is there whole or not at all, and loads back bit for bit.
+    """Write a folder as the Hub holds it. It is written whole or not at all, and loads back bit for bit.
 
     Args:
-        checkpoint: File of train.py, of the authors' code, or of plain weights.
-        folder: Where to; must not exist yet. Called as the model and a tag, as in 'test_ait.cifar10', it names both.
-        model_name: Entry point, where the checkpoint does not say it.
-        model_kwargs: Arguments of the model beside those in the checkpoint.
-        use_ema: Prefer averaged weights.
+        checkpoint: File of train.py, of the authors' code, or of weights alone.
+        folder: Must not exist yet. Its name is the name of the model and a tag, for instance 'test_ait.cifar10'.
+        model_name: Entry point, if the checkpoint does not say it.
+        model_kwargs: Arguments of the model, beside those in the checkpoint.
+        use_ema: Take the averaged weights if there are any.
         dtype: Of the weights in the file; the memory stays float32.
-        results: JSON that validate.py wrote (``--results-file results.json --results-format json``).
-        dataset: What the results are on.
-        commit: Of the code that trained the model; not stated where it is not given.
+        results: JSON of validate.py (``--results-file results.json --results-format json``).
+        dataset: Name of the data set that the results were measured on.
+        commit: Commit of the code that trained the model, for the card.
 
     Raises:
-        ValueError: For a checkpoint that does not fit, or a folder that exists.
+        ValueError: If the checkpoint does not fit the model, or if the folder exists.
+        WeightsError: If the written folder does not load back bit for bit.
     """
     if folder.exists():
-        raise ValueError(f'{folder} exists; name another folder or remove it')
+        raise ValueError(f'{folder} exists; choose another folder or remove this one')
     read = read_checkpoint(checkpoint, use_ema)
     model, model_args = _build(read, checkpoint, model_name, model_kwargs or {})
     model.to(getattr(torch, dtype))
@@ -82,7 +119,7 @@ def export(
         made = Path(scratch) / folder.name
         _save(model, made, model_args)
         weights = 'averaged (EMA)' if read.is_ema else 'as trained'
-        write_card(made, facts, read.args, dataset, weights, commit, _code_version())
+        write_card(made, model, facts, read.args, dataset, weights, commit, _code_version())
         _compare(model, made)
         made.rename(folder)
     return folder
@@ -91,11 +128,11 @@ def export(
 def _build(
     read: Checkpoint, path: Path, model_name: str, model_kwargs: dict[str, Any]
 ) -> tuple[AssociativeTransformer, dict[str, Any]]:
-    """The model that a checkpoint was made with, holding its weights, and the arguments that make it again."""
+    """Build the model of a checkpoint, with its weights. Return it and the arguments of its constructor."""
     args = read.args
     name = model_name or args.get('model')
     if not name:
-        raise ValueError(f'{path} does not say which model it holds; name it with --model')
+        raise ValueError(f'{path} does not say which model it holds; give its name with --model')
     head = next((read.state_dict[key] for key in ('head.weight', 'mlp_head.1.weight') if key in read.state_dict), None)
     size = tuple(args.get('input_size') or ())
     known = {
@@ -107,7 +144,7 @@ def _build(
     kwargs = {**known, **(args.get('model_kwargs') or {}), **model_kwargs}
     model = timm.create_model(name, pretrained_cfg_overlay={'num_classes': kwargs['num_classes']}, **kwargs)
     if not isinstance(model, AssociativeTransformer):
-        raise ValueError(f'{name} is no model of this package; timm.models.push_to_hf_hub publishes it')
+        raise ValueError(f'{name} is no model of this package; publish it with timm.models.push_to_hf_hub')
     model.load_state_dict(fit_pretrained(read.state_dict, model, str(path)))
     args = {**args, 'input_size': (model.in_chans, *model.patch_embed.img_size)}
     model.pretrained_cfg.update(resolve_data_config(args, pretrained_cfg=model.pretrained_cfg, model=model))
@@ -115,14 +152,14 @@ def _build(
 
 
 def _model_args(model: AssociativeTransformer) -> dict[str, Any]:
-    """Arguments of the constructor, said in full so that no default of a later version changes the model."""
+    """List the arguments of the constructor in full: a new default in a later version must not change the model."""
     args = {name: getattr(model.blocks[0].mlp, name) for name in WORKSPACE_ARGS}
     args |= {'num_classes': model.num_classes, 'in_chans': model.in_chans, 'global_pool': model.global_pool}
     return {**args, 'img_size': list(model.patch_embed.img_size)}
 
 
 def _save(model: AssociativeTransformer, folder: Path, model_args: dict[str, Any]) -> None:
-    """What timm writes for a model; its config gets the tag in the folder's name and the weights' sha256."""
+    """Write the files of timm. The config also gets the tag in the folder's name, and the sha256 of the weights."""
     model_args = {key: value for key, value in model_args.items() if value is not None}
     save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
     path = folder / 'config.json'
@@ -130,53 +167,57 @@ def _save(model: AssociativeTransformer, folder: Path, model_args: dict[str, Any
     config['pretrained_cfg']['tag'] = folder.name.partition('.')[2]
     config['pretrained_cfg']['notes'] = [f'sha256:{sha256_of(folder / FILENAME)}']
     path.write_text(json.dumps(config, indent=2))
-    (folder / FILENAME).chmod(path.stat().st_mode)  # safetensors lets nobody but the owner read it
+    (folder / FILENAME).chmod(path.stat().st_mode)  # safetensors makes it readable for its owner alone
 
 
 def _compare(model: AssociativeTransformer, folder: Path) -> None:
-    """Load the folder as a user will; nothing is published that comes back as anything else."""
+    """Load the folder as a user will, and compare all values with those of the model.
+
+    Raises:
+        WeightsError: If a value differs.
+    """
     loaded = _load(folder).state_dict()
     different = [key for key, value in model.state_dict().items() if not torch.equal(value, loaded[key])]
     if different:
-        raise WeightsError(f'{folder} does not load back as it was written, first in {different[0]}')
+        raise WeightsError(f'{folder} does not load back as it was written: {different[0]} differs; export it again')
 
 
 def _load(folder: Path) -> AssociativeTransformer:
-    """The model in a folder, in the dtype of its file."""
+    """Load the model in a folder, in the dtype of its file."""
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     with safe_open(folder / FILENAME, 'pt') as file:
         return model.to(file.get_tensor('patch_embed.proj.weight').dtype)
 
 
 def push(folder: Path, repo_id: str = '', private: bool = False) -> str:
-    """Upload a folder of :func:`export` as it is, and compare what has arrived.
+    """Upload a folder of :func:`export` without changes, and check that its weights have arrived.
 
     Args:
-        folder: Of the weights.
-        repo_id: 'organisation/name'; the package's organisation and the folder's name by default.
-        private: Whether a new repository is private.
+        folder: Folder of the weights.
+        repo_id: 'organisation/name'. By default the organisation of this package and the name of the folder.
+        private: Make a new repository private.
 
     Returns:
         The address of the repository.
 
     Raises:
-        WeightsError: Without a login, or if the Hub holds other weights than the folder afterwards.
+        WeightsError: If no user is logged in, or if the Hub then holds other weights than the folder.
     """
     if not get_token():
-        raise WeightsError('nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN')
+        raise WeightsError('you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN')
     repo_id = repo_id or default_repo(folder)
     model = _load(folder)
     config = json.loads((folder / 'config.json').read_text())
     pinned = model.pretrained_cfg['notes'] = config['pretrained_cfg']['notes']
     message = f'{folder.name}, timm_ait {__version__}'
     push_to_hf_hub(model, repo_id, message, private=private, model_args=config['model_args'], safe_serialization=True)
-    # timm's own card says nothing of this package
+    # The card that timm writes does not mention this package.
     card = (folder / 'README.md').read_text().replace(f'hf-hub:{default_repo(folder)}', f'hf-hub:{repo_id}')
     HfApi().upload_file(path_or_fileobj=card.encode(), path_in_repo='README.md', repo_id=repo_id)
     arrived = get_hf_file_metadata(hf_hub_url(repo_id, FILENAME)).etag
     if f'sha256:{arrived}' not in pinned:
         raise WeightsError(
-            f'{repo_id} has a {FILENAME} with the sha256 {arrived}, {folder} says {pinned[0]}: push again'
+            f'{FILENAME} in {repo_id} has the sha256 {arrived}, but {folder} has {pinned[0]}: push again'
         )
     return f'{HfApi().endpoint}/{repo_id}'
 
@@ -189,7 +230,7 @@ def _read_results(path: Path | None) -> dict[str, Any]:
 
 
 def _code_version() -> str:
-    """This package's version, and its commit where it is a checkout."""
+    """Return the version of this package, with its commit if it is a git checkout."""
     folder = str(Path(__file__).parent)
     git = subprocess.run(['git', '-C', folder, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=False)
     return f'{__version__} ({git.stdout.strip()})' if git.stdout else __version__
@@ -203,17 +244,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog='python -m timm_ait.hub', description=(__doc__ or '').partition('\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
-    add = commands.add_parser('export', help='checkpoint to Hub-ready folder').add_argument
+    add = commands.add_parser('export', help='write a checkpoint as a folder for the Hub').add_argument
     add('checkpoint', type=Path)
-    add('folder', type=Path, help="call it MODEL.TAG, as in 'ait_small_patch4_32.cifar10'")
-    add('--model', default='', help='entry point, where the checkpoint does not say it')
+    add('folder', type=Path, help="MODEL.TAG, for instance 'ait_small_patch4_32.cifar10'")
+    add('--model', default='', help='entry point, if the checkpoint does not say it')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
-    add('--no-ema', action='store_true', help='the weights as trained, even where there are averaged ones')
+    add('--no-ema', action='store_true', help='take the weights as trained, not the averaged ones')
     add('--dtype', choices=DTYPES, default='float32')
     add('--results', type=Path, help='JSON of validate.py: --results-file FILE --results-format json')
-    add('--dataset', default='', help="what the results are on, as in 'CIFAR-10 (JPEG)'")
-    add('--commit', default='', help='of the code that trained the model')
-    add = commands.add_parser('push', help='folder to the Hub; log in first: hf auth login').add_argument
+    add('--dataset', default='', help="data set of the results, for instance 'CIFAR-10 (JPEG)'")
+    add('--commit', default='', help='commit of the code that trained the model')
+    add = commands.add_parser('push', help='upload a folder to the Hub; log in first: hf auth login').add_argument
     add('folder', type=Path)
     add('repo_id', nargs='?', default='', help='ORGANISATION/NAME')
     add('--private', action='store_true')
@@ -224,13 +265,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command.
 
     Raises:
-        SystemExit: With one sentence where it fails.
+        SystemExit: If the command fails; the message is one sentence.
     """
     args = vars(parse(arguments))
     try:
         if args.pop('command') == 'push':
             print(f'published: {push(**args)}')
-            print(f'to list it as pretrained, give its tag in timm_ait/ait.py: {_listing(args["folder"])}')
+            print(f'to list it as pretrained, write this at its tag in timm_ait/ait.py: {_listing(args["folder"])}')
         else:
             args['use_ema'], args['model_name'] = not args.pop('no_ema'), args.pop('model')
             print(f'written and loaded back: {export(**args)}')

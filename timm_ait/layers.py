@@ -24,7 +24,7 @@ class OutputNorm(nn.LayerNorm):
         """Normalise ``f`` (..., E)."""
         if torch.jit.is_scripting():
             return F.layer_norm(f, self.normalized_shape, self.weight, self.bias, self.eps)
-        else:  # noqa: RET505  TorchScript leaves out what stands after an else
+        else:
             with without_autocast(f):
                 weight, bias = self.weight.to(f.dtype), self.bias.to(f.dtype)
                 return F.layer_norm(f, self.normalized_shape, weight, bias, self.eps)

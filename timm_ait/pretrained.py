@@ -1,8 +1,8 @@
-"""Pretrained weights: found, fetched, verified, and only then handed to timm, as a file.
+"""Find pretrained weights, download them and verify them, before timm reads the file.
 
-timm asks for weights by a ``PretrainedCfg``. Its field ``notes`` pins the file here, as ``'sha256:<64 hex digits>'``:
-in ``default_cfgs`` beside the tag, in config.json beside the file. Files of the Hub without such a note are held to
-the sha256 under which the Hub itself stores them.
+timm describes weights by a ``PretrainedCfg``. Here its field ``notes`` holds the sha256 of the file, as
+``'sha256:<64 hex digits>'``. It stands in ``default_cfgs`` for a tag, and in config.json for a folder. If a file of the
+Hub has no such note, it is compared with the sha256 under which the Hub stores it.
 """
 
 import errno
@@ -43,11 +43,11 @@ SOURCES = ('file', 'state_dict', 'hf_hub_id', 'url')
 
 OWN_FILE = "load a file of your own with pretrained_cfg_overlay=dict(file='PATH')"
 EXPLANATIONS: tuple[tuple[type[Exception], str], ...] = (
-    (GatedRepoError, 'its owner grants access: accept the terms on its page, then log in with `hf auth login`'),
-    (RepositoryNotFoundError, 'there is no such repository, or it is private: check its name, or `hf auth login`'),
-    (RevisionNotFoundError, 'the repository has no such revision: leave the part after @ out for the newest'),
+    (GatedRepoError, 'its owner must grant access: accept the terms on its page, then log in with `hf auth login`'),
+    (RepositoryNotFoundError, 'there is no such repository, or it is private: check its name, or run `hf auth login`'),
+    (RevisionNotFoundError, 'the repository has no such revision: leave out the part after @ for the newest one'),
     (LocalEntryNotFoundError, f'the Hub was not reached and the file is not in the cache: connect once, or {OWN_FILE}'),
-    (EntryNotFoundError, f'the repository has no such file, and pickles in its place are not read: {OWN_FILE}'),
+    (EntryNotFoundError, f'the repository has no such file, and a pickle is not read in its place: {OWN_FILE}'),
 )
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -55,11 +55,11 @@ _logger = logging.getLogger(__name__)
 
 
 class WeightsError(RuntimeError):
-    """Pretrained weights that cannot be had, or are not what was published."""
+    """Pretrained weights cannot be loaded, or are not those that were published."""
 
 
 def published(name: str, sha256: str) -> dict[str, Any]:
-    """Where the weights of ``name`` ('model.tag') lie on the Hub, as keys of a config."""
+    """Return the keys of a config for weights on the Hub; ``name`` is 'model.tag'."""
     return {
         'hf_hub_id': f'{HUB_ORGANISATION}/{name}',
         'hf_hub_filename': FILENAME,
@@ -68,17 +68,17 @@ def published(name: str, sha256: str) -> dict[str, Any]:
 
 
 def packaged(name: str, sha256: str) -> dict[str, Any]:
-    """Where the weights of ``name`` ('model.tag') lie inside this package, as keys of a config."""
+    """Return the keys of a config for weights inside this package; ``name`` is 'model.tag'."""
     return {'file': str(WEIGHTS / f'{name}.safetensors'), 'notes': (f'sha256:{sha256}',)}
 
 
 def pinned_sha256(cfg: PretrainedCfg) -> str:
-    """The sha256 that the config pins, or ''."""
+    """Return the sha256 in the notes of a config, or ''."""
     return next((note.removeprefix('sha256:') for note in cfg.notes or () if note.startswith('sha256:')), '')
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hex digits."""
+    """Compute the sha256 of a file, in hex digits."""
     digest = hashlib.sha256()
     with path.open('rb') as file:
         while chunk := file.read(1 << 20):
@@ -92,16 +92,16 @@ def resolve_cfg(
     overlay: dict[str, Any] | None,
     saved_args: dict[str, Any] | None = None,
 ) -> PretrainedCfg:
-    """Let timm find a config; a source in ``overlay`` replaces all others, and the hash that went with them.
+    """Find a config as timm does. If ``overlay`` names a source, it replaces all sources of the config and their hash.
 
     Args:
         variant: Entry point.
         pretrained_cfg: Tag, or the content of a config.json.
-        overlay: What the user puts in its place.
+        overlay: Keys that the user replaces.
         saved_args: ``model_args`` of that config.json.
 
     Raises:
-        ValueError: Where config.json gives two numbers of classes: timm would take one, and a random classifier.
+        ValueError: If config.json gives two numbers of classes. timm would take one of them and a random classifier.
     """
     overlay = dict(overlay or {})
     if any(overlay.get(key) for key in SOURCES):
@@ -111,19 +111,19 @@ def resolve_cfg(
     if classes != cfg.num_classes and 'num_classes' not in overlay:
         raise ValueError(
             f'config.json of {cfg.hf_hub_id or cfg.file} gives num_classes={cfg.num_classes}, but {classes} in its '
-            'model_args; correct the one that is not that of the weights'
+            'model_args; write the number of classes of the weights in both places'
         )
     return cfg
 
 
 def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path | None:
-    """The verified file that a config names, downloaded where it must be.
+    """Return the file that a config names, downloaded if need be, and verified.
 
     Returns:
-        A path; None where timm reads something that is no file of ours: a state dict, or a URL that a user gave.
+        A path. None if there is no file to verify: the user gave a state dict or a URL, which timm reads itself.
 
     Raises:
-        WeightsError: With the file, the reason and the way out.
+        WeightsError: With the file, the reason and what to do.
     """
     if cfg.source == 'hf-hub':
         return _from_hub(cfg, cache_dir)
@@ -139,45 +139,45 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
         return None
     name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
     raise WeightsError(
-        f'no weights have been published for {name}: train it, the recipes are in benchmarks/recipes; {OWN_FILE}; '
-        "or start from a ViT, timm.create_model('ait_vit_base_patch16_224', pretrained=True). "
-        "What is published: timm.list_models(module='ait', pretrained=True)"
+        f'no weights have been published for {name}: train it with a recipe of benchmarks/recipes; {OWN_FILE}; '
+        "or start from a ViT with timm.create_model('ait_vit_base_patch16_224', pretrained=True). "
+        "To list the published weights: timm.list_models(module='ait', pretrained=True)"
     )
 
 
 def _verified(path: Path, sha256: str) -> Path:
-    """A file on this machine, whole. Other formats than safetensors are timm's to read, with ``weights_only=True``."""
+    """Verify a file on this machine. timm reads other formats than safetensors itself, with ``weights_only=True``."""
     if not path.is_file():
         raise WeightsError(
-            f'there is no file {path}: check the path; folders of weights hold config.json and {FILENAME}'
+            f'there is no file {path}: check the path; a folder of weights holds config.json and {FILENAME}'
         )
     if sha256 or path.suffix == '.safetensors':
         reason = _damage(path, sha256)
         if reason:
-            raise WeightsError(f'{path} {reason}: get it again from where it came')
+            raise WeightsError(f'{path} {reason}: download or copy it again')
     return path
 
 
 def _damage(path: Path, sha256: str) -> str:
-    """What is wrong with a safetensors file, as the end of a sentence, or ''."""
+    """Say what is wrong with a safetensors file, as the end of a sentence; '' if it is whole."""
     try:
         with safe_open(path, 'pt') as file:
             file.keys()
     except SafetensorError as error:
         with path.open('rb') as start:
             is_pickle = start.read(2) in (b'PK', b'\x80\x02', b'\x80\x04')
-        return 'is a pickle, which is never opened here' if is_pickle else f'is no whole safetensors file ({error})'
+        return 'is a pickle, which is never read here' if is_pickle else f'is no whole safetensors file ({error})'
     found = sha256_of(path) if sha256 else ''
-    return f'has the sha256 {found} where {sha256} was published' if found != sha256 else ''
+    return f'has the sha256 {found}, but {sha256} was published' if found != sha256 else ''
 
 
 def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
-    """A file of the Hub; one that was damaged in the cache is downloaded again, and never left there."""
+    """Return a file of the Hub. If it is damaged, remove it from the cache and download it once more."""
     repo, _, revision = (cfg.hf_hub_id or '').partition('@')
     filename = cfg.hf_hub_filename or FILENAME
     if not filename.endswith('.safetensors'):
         raise WeightsError(
-            f'{filename} of {repo} is no safetensors file: name another with hf_hub_filename, or {OWN_FILE}'
+            f'{filename} of {repo} is no safetensors file: give another name in hf_hub_filename, or {OWN_FILE}'
         )
     download = partial(_download, repo, filename, revision or None, cache_dir)
     path = download()
@@ -189,23 +189,23 @@ def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
     try:
         path = download()
     except WeightsError as error:
-        raise WeightsError(f'{path} {reason} and was removed, but getting it again failed: {error}') from error
+        raise WeightsError(f'{path} {reason} and was removed, but the second download failed: {error}') from error
     reason = _damage(path, pinned_sha256(cfg) or _stored_sha256(path))
     if reason:
         _discard(path)
         url = hf_hub_url(repo, filename, revision=revision or None)
-        raise WeightsError(f'{url} {reason}: it was not kept; a newer timm_ait may know the file that lies there now')
+        raise WeightsError(f'{url} {reason}: it was removed; try again, or install a newer timm_ait')
     return path
 
 
 def _stored_sha256(path: Path) -> str:
-    """The sha256 under which the Hub stores a large file: the name of its blob in the cache. '' where it has none."""
+    """Return the sha256 under which the Hub stores a large file: the name of its blob in the cache, or ''."""
     name = Path(os.readlink(path)).name if path.is_symlink() else ''
     return name if re.fullmatch('[0-9a-f]{64}', name) else ''
 
 
 def _discard(path: Path) -> None:
-    """Remove a file from the Hub's cache: its name in the snapshot and the blob behind it."""
+    """Remove a file from the Hub's cache: the link in the snapshot and the blob that it points to."""
     if path.is_symlink():
         (path.parent / os.readlink(path)).unlink(missing_ok=True)
     path.unlink()
@@ -216,7 +216,7 @@ def _download(repo: str, filename: str, revision: str | None, cache_dir: str | P
         return Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir, library_name='timm_ait'))
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         fault: Exception = error
-    except Exception as error:  # the client's network errors have no base of their own, and change with its version
+    except Exception as error:  # the client's network errors have no common base class and change with its version
         cached = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision)
         if isinstance(cached, str):
             _logger.warning('the Hub did not answer (%s); using %s', error, cached)
@@ -232,5 +232,5 @@ def _explain(error: Exception, cache_dir: str | Path | None) -> str:
             return sentence
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         folder = cache_dir or constants.HF_HUB_CACHE
-        return f'{folder} cannot take it ({error.strerror}): free space there, or set HF_HOME or cache_dir='
-    return f'the connection broke ({type(error).__name__}: {error}); nothing half was kept: try again, or {OWN_FILE}'
+        return f'{folder} has no space for it ({error.strerror}): free some, or set HF_HOME or cache_dir='
+    return f'the connection broke ({type(error).__name__}: {error}), so nothing was loaded: try again, or {OWN_FILE}'

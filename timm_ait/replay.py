@@ -37,8 +37,8 @@ class Replay:
     Gradient checkpointing around a layer or a model runs a forward a second time, inside the backward pass. The second
     run must start from the same memory, and must not write. One token of the input tells which forward it repeats.
 
-    Where a backward pass adds the balance loss by itself, its graph lives no longer than the output of the forward: here
-    is a weak reference, and the value. Else it lives until the next forward, for whoever adds it to a loss.
+    Where a backward pass adds the balance loss by itself, its graph lives no longer than the output of the forward:
+    here is a weak reference, and the value. Else it lives until the next forward, for whoever adds it to a loss.
     """
 
     def __init__(self) -> None:

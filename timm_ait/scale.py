@@ -1,14 +1,14 @@
 """The factor by which a training loop has multiplied its loss, read off the operations that lead to the loss.
 
-A loop multiplies for two reasons, which look alike: to scale the loss (accumulation steps, a gradient scaler), which the
-balance loss must follow, and to weigh or average terms inside the loss, which it must not. The rules:
+A loop multiplies for two reasons, which look alike: to scale the loss (accumulation steps, a gradient scaler), which
+the balance loss must follow, and to weigh or average terms inside the loss, which it must not. The rules:
 
 - a tensor of one element that was computed from larger outputs is a loss of scale 1;
 - ``loss / n`` and ``loss * tensor`` scale; ``loss * number`` scales too, unless the product becomes a term of a sum;
-- a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b`` has 1, ``0.3 * a + 0.7 * b`` has 1;
+- a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b`` and ``0.3 * a + 0.7 * b`` have 1;
 - the first division of a sum over elements takes their mean: ``cross_entropy(..., reduction='sum') / B`` has 1, and 1/4
   where the number is four times as large;
-- n losses of one kind, summed and divided by n, are averaged: ``(cross_entropy(x, y) + cross_entropy(x.T, y)) / 2`` has 1;
+- n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
 - the sign does not matter, nor what is added that is no loss.
 
 What cannot be told apart counts as scaling.
@@ -61,7 +61,7 @@ class Term:
         scale: Product of the numbers that divided it, inverted.
         weight: Product of the numbers that multiplied it.
         factor: Product of the tensors that multiplied it; None for 1.
-        summed: Where it is a sum that was not averaged yet: how many elements, and how many items (samples) they are of.
+        summed: Where it is a sum that was not averaged yet: how many elements, and of how many items (samples).
         is_sum_of_losses: Whether these elements are losses.
     """
 
@@ -110,8 +110,8 @@ class Loss:
     def _forwards(self) -> frozenset[Forward]:
         return frozenset().union(*(term.forwards for term in self.terms))
 
-    def scaled(self, by: float | Tensor, is_division: bool) -> 'Loss':
-        """The loss times ``by``, or divided by it."""
+    def scaled(self, by: Any, is_division: bool) -> 'Loss':
+        """The loss times ``by``, a number or a tensor, or divided by it."""
         if isinstance(by, Tensor):
             return self if by.requires_grad or by.numel() != 1 else self._scaled_by_tensor(by.detach(), is_division)
         by, term = abs(float(by)), _merge(self.terms)
@@ -172,7 +172,11 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
     losses = [x.track.loss for x in tracked if x.track.loss is not None]
     if losses:
         loss = losses[0] if len(losses) == 1 else _sum(losses)
-        others = [x for x in (*args, *kwargs.values()) if isinstance(x, (Real, Tensor)) and not hasattr(x, 'track')]
+        others = [
+            x
+            for x in (*args, *kwargs.values())
+            if isinstance(x, (int, float, Real, Tensor)) and not hasattr(x, 'track')
+        ]
         is_inverse = op == 'div' and others and args and others[0] is args[0]  # number / loss
         if op in ('mul', 'div') and len(losses) == len(others) == 1 and not is_inverse:
             loss = loss.scaled(others[0], is_division=op == 'div')

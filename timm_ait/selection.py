@@ -38,8 +38,8 @@ def top_logits(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]
 
     Args:
         queries: (Q, E).
-        tokens: (T, E), in the dtype of the queries or a narrower one. Gradients are computed in the dtype of the tokens.
-            Products are computed in the dtype of the queries on a CPU. A GPU rounds them to the dtype of the tokens.
+        tokens: (T, E), in the dtype of the queries or a narrower one. Gradients are computed in the dtype of the
+            tokens. Products are computed in the dtype of the queries on a CPU, in that of the tokens on a GPU.
         k: At most T.
 
     Returns:
@@ -92,9 +92,7 @@ class _Derivative(Function):
     """Derivative of F by that one of ``weights``, ``y`` and ``x`` which is None."""
 
     @staticmethod
-    def forward(
-        weights: Tensor | None, y: Tensor | None, x: Tensor | None, selected: Tensor, num_tokens: int
-    ) -> Tensor:
+    def forward(weights: Any, y: Any, x: Any, selected: Tensor, num_tokens: int) -> Tensor:
         if weights is None:
             return _by_weights(y, x, selected)
         if y is None:

@@ -78,7 +78,7 @@ class NormalizedPatchEmbed(PatchEmbed):
         x = self.patch_norm(x.transpose(1, 2))  # (B, C*P*P, N) -> (B, N, C*P*P)
         if torch.jit.is_scripting():
             return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))
-        elif is_plain(self.proj):  # noqa: RET505  TorchScript leaves out what stands after an else
+        elif is_plain(self.proj):
             return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, C*P*P) -> (B, N, E)
         else:
             patches = x.reshape(-1, C, *self.patch_size)  # (B, N, C*P*P) -> (B*N, C, P, P)
@@ -88,15 +88,15 @@ class NormalizedPatchEmbed(PatchEmbed):
 class AssociativeBlock(Block):
     """timm's pre-norm block around a :class:`GlobalWorkspace`.
 
-    With gradient checkpointing the block recomputes itself: the memory before the write is an input of what the backward
-    pass repeats, and the write itself happens once.
+    With gradient checkpointing the block recomputes itself: the memory before the write is an input of what the
+    backward pass repeats, and the write itself happens once.
     """
 
     grad_checkpointing: bool = False
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``x <- x + attention(LN(x))``, then ``x <- x + workspace(LN(x))``: (B, N, E) -> (B, N, E)."""
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half of a condition
             if self.grad_checkpointing and torch.is_grad_enabled():
                 return self.forward_checkpointed(x, attn_mask, is_causal)
         x = self.attend(x, attn_mask, is_causal)
@@ -185,7 +185,7 @@ class AssociativeTransformer(VisionTransformer):
         """Classify images (B, C, H, W): logits (B, num_classes)."""
         if torch.jit.is_scripting():
             return self.forward_head(self.run_blocks(x, attn_mask, is_causal))
-        else:  # noqa: RET505  TorchScript leaves out what stands after an else
+        else:
             x = plain(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
             return self._track(self.forward_head(x))
 

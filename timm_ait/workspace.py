@@ -102,8 +102,8 @@ class GlobalWorkspace(nn.Module):
     and ``r = softmax(beta h a^T) a`` retrieves, for every token, from the attractors ``a = W_LT gamma + b``.
 
     The state is one buffer, ``memory`` (M, D), in float32 or wider, whatever the dtype of the model. Only :meth:`store`
-    changes it. Whoever reads it normalises its rows. Like the statistics of a BatchNorm it moves in training mode, under
-    ``torch.no_grad`` too, but not in a layer whose parameters are all frozen.
+    changes it. Whoever reads it normalises its rows. Like the statistics of a BatchNorm it moves in training mode,
+    under ``torch.no_grad`` too, but not in a layer whose parameters are all frozen.
 
     In training mode the layer adds the gradient of its balance loss to any backward pass through it, see `balance.py`.
     ``auto_balance = False`` turns that off.
@@ -200,10 +200,7 @@ class GlobalWorkspace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Write the tokens ``x`` (B, N, E) into the memory where the mode says so, and retrieve from it: (B, N, E)."""
-        if torch.jit.is_scripting():  # TorchScript is for deployment: it does not write
-            f = self.feed_forward(x)
-            return self.read(f, self.norm(f), self.memory)
-        elif not self.is_writing():  # noqa: RET505  TorchScript leaves out what stands after an else
+        if torch.jit.is_scripting() or not self.is_writing():  # TorchScript is for deployment: it does not write
             f = self.feed_forward(x)
             return self.read(f, self.norm(f), self.memory)
         elif is_backward_running():
@@ -338,7 +335,9 @@ class GlobalWorkspace(nn.Module):
         if getattr(self, '_is_replica', False):
             raise ValueError('DataParallel loses what its replicas write into the memory; use DistributedDataParallel')
         with torch.no_grad():
-            memory = self.update(write.before, merge_ranks(write.heads, write.lse)) if is_distributed() else write.memory
+            memory = (
+                self.update(write.before, merge_ranks(write.heads, write.lse)) if is_distributed() else write.memory
+            )
             self.memory.copy_(memory)
         self.replay.note(write.before, write.balance_loss, x, is_automatic=self.adds_balance_loss())
 
@@ -355,8 +354,8 @@ class GlobalWorkspace(nn.Module):
     def balance_loss(self) -> Tensor:
         """Balance loss () of the last write: weighted and differentiable, zero where there was no write.
 
-        With ``auto_balance`` it is differentiable as long as the output of that forward lives. A backward pass of a loss
-        that it was added to does not add its gradient a second time.
+        With ``auto_balance`` it is differentiable as long as the output of that forward lives. A backward pass of a
+        loss that it was added to does not add its gradient a second time.
         """
         loss = self.replay.balance_loss()
         return self.memory.new_zeros(()) if loss is None else hand_out(loss)

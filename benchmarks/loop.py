@@ -1,0 +1,286 @@
+"""The training loop of the experiments: a classifier, from images in memory or from a data set.
+
+A run may be stopped at any time. It goes on from its last checkpoint and ends with the same weights, on a CPU bit for
+bit.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+# Either tensors: images (N, 3, H, W) first, labels (N,) last, and other inputs of the model between them. Or a data set
+# with such items. Images are uint8, or floats that are already normalized.
+Data = tuple[Tensor, ...] | Dataset[Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result of a training run, apart from model and data.
+
+    Attributes:
+        lr: Highest learning rate.
+        epochs: Passes over the data. Ignored if ``steps`` is given.
+        steps: Number of batches.
+        batch_size: The last images of an epoch are left out if they fill no batch.
+        opt: Optimizer, as timm calls it.
+        weight_decay: Not applied to norms and biases.
+        sched: Schedule of the learning rate, as timm calls it.
+        warmup: Share of the steps in which the learning rate grows.
+        warmup_lr: First learning rate.
+        min_lr: Last learning rate.
+        clip: Largest norm of the gradient; None for no limit.
+        flip: Mirror every image with probability 1/2.
+        shift: Move every image by up to so many pixels in x and y; its edge is reflected.
+        mean: Of the pixels, for each channel; pixels lie in 0..1.
+        std: Standard deviation of the pixels, for each channel.
+        seed: Of the order of the images, the augmentation and the model's dropout.
+        bfloat16: Compute with bfloat16 autocast.
+    """
+
+    lr: float
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 128
+    opt: str = 'adamw'
+    weight_decay: float = 0.05
+    sched: str = 'cosine'
+    warmup: float = 0.1
+    warmup_lr: float = 1e-5
+    min_lr: float = 0.0
+    clip: float | None = 1.0
+    flip: bool = True
+    shift: int = 2
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    seed: int = 0
+    bfloat16: bool = False
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    settings: Settings,
+    checkpoint: Path | None = None,
+    save_every: int | None = None,
+    workers: int = 0,
+    name: str = '',
+) -> list[dict[str, float]]:
+    """Train a classifier. If the checkpoint exists, go on from there.
+
+    Args:
+        model: On the device to train on, with its first weights.
+        data: See :data:`Data`. A data set with a method ``set_epoch`` is told the number of each epoch. With workers,
+            its items may depend on index and epoch alone, or a run that was stopped within an epoch ends elsewhere.
+        settings: See :class:`Settings`.
+        checkpoint: File to save to and to go on from.
+        save_every: Steps between two checkpoints; an epoch by default. The last step is always saved.
+        workers: Processes that load a data set.
+        name: Title of the progress bar.
+
+    Returns:
+        For each epoch, the mean training loss and the training accuracy in percent.
+
+    Raises:
+        ValueError: If there are fewer images than a batch, if the checkpoint is of another run, or if the loss is not
+            finite.
+    """
+    images = _count(data)
+    per_epoch = images // settings.batch_size
+    if per_epoch == 0:
+        raise ValueError(f'expected at least one batch of {settings.batch_size} images, got {images}; lower batch_size')
+    run = Run(model, settings, settings.steps or settings.epochs * per_epoch, images)
+    with torch.random.fork_rng([run.device] if run.device.type == 'cuda' else []):
+        torch.manual_seed(settings.seed)
+        if checkpoint is not None and checkpoint.exists():
+            run.load(checkpoint)
+        bar = tqdm(total=run.steps, initial=run.step, desc=name, disable=None)
+        while run.step < run.steps:
+            epoch, done = divmod(run.step, per_epoch)
+            for batch in _batches(data, settings, epoch, done, workers):
+                run.train(batch)
+                bar.update()
+                if run.step % per_epoch == 0 or run.step == run.steps:
+                    bar.set_postfix(run.end_epoch())
+                if checkpoint is not None and (run.step % (save_every or per_epoch) == 0 or run.step == run.steps):
+                    save(run.state(), checkpoint)
+                if run.step == run.steps:
+                    break
+        bar.close()
+    return run.log
+
+
+class Run:
+    """A training run: its state, one step, and the way to save and load it."""
+
+    def __init__(self, model: nn.Module, settings: Settings, steps: int, images: int) -> None:
+        self.model, self.settings, self.steps = model.train(), settings, steps
+        self.identity = {**asdict(settings), 'steps': steps, 'images': images}
+        self.optimizer = create_optimizer_v2(
+            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        self.schedule, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=settings.sched,
+            num_epochs=steps,  # for timm, each step is an epoch of one update
+            updates_per_epoch=1,
+            step_on_epochs=False,
+            warmup_epochs=int(settings.warmup * steps),
+            warmup_lr=settings.warmup_lr,
+            min_lr=settings.min_lr,
+        )
+        self.step = 0
+        self.log: list[dict[str, float]] = []
+        self.device = next(model.parameters()).device
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct images, images
+
+    def train(self, batch: list[Tensor]) -> None:
+        """Train on one batch: images (B, 3, H, W), other inputs if there are any, labels (B,)."""
+        settings = self.settings
+        self.schedule.step_update(self.step)
+        images, *others, labels = (x.to(self.device, non_blocking=True) for x in batch)
+        if settings.flip or settings.shift:
+            images = augment(images, settings.flip, settings.shift)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bfloat16):
+            logits = self.model(normalize(images, settings), *others)
+            loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if settings.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.optimizer.step()
+        self.step += 1
+        correct = (logits.argmax(dim=-1) == labels).sum()
+        self.sums += torch.stack([loss.detach().double() * len(labels), correct, correct.new_tensor(len(labels))])
+
+    def end_epoch(self) -> dict[str, float]:
+        """Add the means of this epoch to the log and start the next one."""
+        self._check()
+        loss, correct, images = self.sums.tolist()
+        self.sums.zero_()
+        self.log.append({'loss': loss / images, 'accuracy': 100 * correct / images})
+        return self.log[-1]
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a run needs to go on."""
+        self._check()
+        return {
+            'identity': self.identity,
+            'step': self.step,
+            'log': self.log,
+            'sums': self.sums,
+            'model': self.model.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'cpu_rng': torch.get_rng_state(),
+            'cuda_rng': torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None,
+        }
+
+    def _check(self) -> None:
+        loss = self.sums[0].item()
+        if not math.isfinite(loss):
+            raise ValueError(f'expected a finite loss, got {loss} before step {self.step}; lower the learning rate')
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: If it was made with other settings or another number of images.
+        """
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        saved = state['identity']
+        differ = [f'{key}={saved.get(key)}' for key, value in self.identity.items() if saved.get(key) != value]
+        if differ:
+            raise ValueError(f'{path} is of a run with {", ".join(differ)}; use the same settings or remove the file')
+        self.step, self.log = state['step'], state['log']
+        self.sums.copy_(state['sums'])
+        self.model.load_state_dict(state['model'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        torch.set_rng_state(state['cpu_rng'])
+        if state['cuda_rng'] is not None:
+            torch.cuda.set_rng_state(state['cuda_rng'], self.device)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data: Data, settings: Settings, batch_size: int = 250, workers: int = 0) -> float:
+    """Measure the top-1 accuracy, in percent. The model is left in evaluation mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    correct = torch.zeros((), dtype=torch.long, device=device)
+    for batch in _load(data, torch.arange(_count(data)), batch_size, workers, torch.Generator()):
+        images, *others, labels = (x.to(device) for x in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+            logits = model(normalize(images, settings), *others)
+        correct += (logits.argmax(dim=-1) == labels).sum()
+    return 100 * correct.item() / _count(data)
+
+
+def augment(images: Tensor, flip: bool, shift: int) -> Tensor:
+    """Mirror images (B, C, H, W) with probability 1/2, and move each by up to ``shift`` pixels in x and y."""
+    B, _, H, W = images.shape
+    dx, dy = torch.randint(-shift, shift + 1, (2, B, 1)).to(images.device)
+    x, y = torch.arange(W, device=images.device), torch.arange(H, device=images.device)
+    x, y = _reflect(x + dx, W), _reflect(y + dy, H)  # (B, W), (B, H)
+    if flip:
+        x = torch.where(torch.rand(B, 1).to(x.device) < 0.5, x, x.flip(-1))
+    image = torch.arange(B, device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[image, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Reflect an index that lies outside of 0..size-1: -1 becomes 1, and size becomes size-2."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
+
+
+def normalize(images: Tensor, settings: Settings) -> Tensor:
+    """Turn uint8 images (B, C, H, W) into floats of the given mean and standard deviation; leave floats as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    mean, std = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (settings.mean, settings.std))
+    return (images / 255 - mean) / std
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint. If the process is killed meanwhile, the old file is still whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f'{path.name}.tmp')
+    with scratch.open('wb') as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _count(data: Data) -> int:
+    return len(data[-1]) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
+
+
+def _batches(data: Data, settings: Settings, epoch: int, done: int, workers: int) -> Iterator[list[Tensor]]:
+    """Return the batches of an epoch without those that are done. Their order depends on seed and epoch alone."""
+    generator = torch.Generator().manual_seed(1_000_003 * settings.seed + epoch)
+    if hasattr(data, 'set_epoch'):
+        data.set_epoch(epoch)
+    order = torch.randperm(_count(data), generator=generator)
+    last = len(order) // settings.batch_size * settings.batch_size
+    return _load(data, order[done * settings.batch_size : last], settings.batch_size, workers, generator)
+
+
+def _load(
+    data: Data, order: Tensor, batch_size: int, workers: int, generator: torch.Generator
+) -> Iterator[list[Tensor]]:
+    batches = order.split(batch_size)
+    if isinstance(data, tuple):
+        for batch in batches:
+            yield [x[batch.to(x.device)] for x in data]
+    else:  # the generator seeds the workers: without it, each loader would take a number from the run's own
+        sampler = [batch.tolist() for batch in batches]
+        yield from DataLoader(data, batch_sampler=sampler, num_workers=workers, generator=generator)

@@ -1,0 +1,46 @@
+"""Write a result together with what is needed to measure it again: machine, versions, commit and arguments."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine, the versions and the commit, which ends in '-dirty' if the code was changed since."""
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
+    git = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {
+        'cpu': f'{len(cpu)} x {cpu[0]}' if cpu else platform.processor(),
+        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        'system': platform.system(),
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'commit': done.stdout.strip() or None,
+    }
+
+
+def write_record(path: Path, arguments: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Write environment, arguments and results as JSON.
+
+    Args:
+        path: File to write; its folder is created.
+        arguments: Arguments of the script; plain values or paths.
+        results: Plain values by name.
+
+    Returns:
+        What was written.
+    """
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+    record = {**environment(), 'arguments': arguments, **results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + '\n')
+    return record

@@ -1,0 +1,67 @@
+"""``python -m timm_ait.hub`` does what its arguments say, or says in one sentence why not."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hub_models import ARGS, make_model
+
+from timm_ait import hub
+
+
+def test_every_option_of_export_reaches_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained, averaged = make_model(1), make_model(2)
+    torch.save({'state_dict': trained.state_dict(), 'state_dict_ema': averaged.state_dict()}, tmp_path / 'a.pth')
+    (tmp_path / 'results.json').write_text(json.dumps([{'top1': 70.5}]))
+    kwargs = [f'{key}={value}' for key, value in ARGS.items() if key != 'num_classes']
+    options = ['--model', 'test_ait', '--no-ema', '--dtype', 'bfloat16', '--dataset', 'some images']
+    options += ['--commit', 'c0ffee', '--results', str(tmp_path / 'results.json'), '--model-kwargs', *kwargs]
+    hub.main(['export', str(tmp_path / 'a.pth'), str(tmp_path / 'out'), *options])
+    assert capsys.readouterr().out == f'written and loaded back: {tmp_path / "out"}\n'
+    weights = safetensors.torch.load_file(tmp_path / 'out' / 'model.safetensors')
+    assert torch.equal(weights['head.weight'], trained.head.weight.bfloat16())
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    for fact in ('On some images:', 'top-1 accuracy, %: 70.50', 'code at `c0ffee`', 'as trained'):
+        assert fact in card
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['gone.pth', 'out'], r'there is no checkpoint gone\.pth; train\.py writes output/<experiment>/model_best'),
+        (['plain.pth', 'out'], r'plain\.pth does not say which model it holds; give its name with --model'),
+        (['plain.pth', '.'], r'\. exists; choose another folder or remove this one'),
+        (['plain.pth', 'out', '--model', 'test_vit'], 'test_vit is no model of this package'),
+        (['plain.pth', 'out', '--model', 'ait_small'], r'plain\.pth: the checkpoint does not fit the model'),
+        (['evil.pth', 'out', '--model', 'test_ait'], r'evil\.pth is no checkpoint of tensors and plain values, so'),
+        (['text.pth', 'out', '--model', 'test_ait'], r'text\.pth is no checkpoint of tensors and plain values, so'),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_exported_is_said_in_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(make_model().state_dict(), 'plain.pth')
+    torch.save({'weights': os.getcwd}, 'evil.pth')
+    Path('text.pth').write_text('not a checkpoint')
+    with pytest.raises(SystemExit, match=said):
+        hub.main(['export', *arguments])
+    assert not Path('out').exists()
+
+
+def test_nothing_is_pushed_without_a_login_or_from_a_damaged_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hub.export(checkpoint, tmp_path / 'test_ait.toy')
+    monkeypatch.setattr(hub, 'push_to_hf_hub', lambda *args, **kwargs: pytest.fail('uploaded'))
+    monkeypatch.setattr(hub, 'get_token', lambda: None)
+    with pytest.raises(SystemExit, match='you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN'):
+        hub.main(['push', str(folder)])
+    monkeypatch.setattr(hub, 'get_token', lambda: 'hf_onlyForThisTest')
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-1] + b'?')
+    with pytest.raises(SystemExit, match=r'model\.safetensors has the sha256 \w+, but \w+ was published'):
+        hub.main(['push', str(folder)])

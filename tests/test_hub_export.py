@@ -1,0 +1,84 @@
+"""``export`` writes a checkpoint as a folder that loads bit for bit, or nothing at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from authors_names import as_authors
+from hub_child import fingerprint
+from hub_models import ARGS, logits, make_model, sha256
+from huggingface_hub import ModelCard
+
+from timm_ait import hub
+from timm_ait.pretrained import WeightsError
+
+
+def test_a_training_checkpoint_becomes_a_folder_that_loads_bit_for_bit(checkpoint: Path, tmp_path: Path) -> None:
+    results = tmp_path / 'results.json'
+    results.write_text(json.dumps({'model': 'test_ait', 'top1': 70.5, 'top5': 97.25}))
+    folder = hub.export(checkpoint, tmp_path / 'out' / 'test_ait.toy', results=results, dataset='CIFAR-10 (JPEG)')
+    assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert fingerprint(loaded) == fingerprint(make_model(2))
+    assert logits(loaded) == logits(make_model(2))
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['architecture'] == 'test_ait'
+    expected = {'num_slots': 7, 'beta': 1.0, 'write_mode': 'train', 'num_classes': 11}
+    assert expected.items() <= config['model_args'].items()
+    assert config['pretrained_cfg']['notes'] == [f'sha256:{sha256((folder / "model.safetensors").read_bytes())}']
+    assert config['pretrained_cfg']['crop_pct'] == 0.9
+    assert config['pretrained_cfg']['mean'] == [0.5, 0.4, 0.3]
+    assert config['pretrained_cfg']['tag'] == 'toy'
+
+
+def test_the_card_has_metrics_recipe_commit_and_hash_but_no_paths(checkpoint: Path, tmp_path: Path) -> None:
+    folder = hub.export(checkpoint, tmp_path / 'test_ait.toy', commit='c0ffee', dataset='CIFAR-10 (JPEG)')
+    card = ModelCard.load(folder / 'README.md')
+    assert card.data.library_name == 'timm'
+    assert card.data.license == 'apache-2.0'
+    digest = sha256((folder / 'model.safetensors').read_bytes())
+    for fact in ('import timm_ait', '71.25', 'CIFAR-10 (JPEG)', 'opt: adamw', 'lr: 0.001', 'c0ffee', digest, 'EMA'):
+        assert fact in card.text
+    assert 'somebody' not in (folder / 'README.md').read_text() + (folder / 'config.json').read_text()
+
+
+def test_the_weights_as_trained_and_half_precision_can_be_chosen(checkpoint: Path, tmp_path: Path) -> None:
+    folder = hub.export(checkpoint, tmp_path / 'raw', use_ema=False, dtype='float16')
+    loaded, trained = timm.create_model(f'local-dir:{folder}', pretrained=True), make_model(1)
+    assert torch.equal(loaded.head.weight, trained.head.weight.half().float())
+    assert torch.equal(loaded.blocks[1].mlp.memory, trained.blocks[1].mlp.memory)
+    stored = safetensors.torch.load_file(folder / 'model.safetensors')
+    memories = {'blocks.0.mlp.memory', 'blocks.1.mlp.memory'}
+    assert {key for key, value in stored.items() if value.dtype != torch.float16} == memories
+
+
+def test_a_checkpoint_of_the_authors_is_exported_as_a_folder_that_loads_bit_for_bit(tmp_path: Path) -> None:
+    torch.save(as_authors(make_model()), tmp_path / 'authors.pth')
+    kwargs = {key: value for key, value in ARGS.items() if key != 'num_classes'}
+    folder = hub.export(tmp_path / 'authors.pth', tmp_path / 'out', 'test_ait', kwargs)
+    assert fingerprint(timm.create_model(f'local-dir:{folder}', pretrained=True)) == fingerprint(make_model())
+
+
+def test_an_export_that_fails_leaves_no_files(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(hub, 'write_card', full)
+    with pytest.raises(OSError, match='No space left on device'):
+        hub.export(checkpoint, tmp_path / 'out' / 'toy')
+    assert list((tmp_path / 'out').iterdir()) == []
+
+
+def test_an_export_that_does_not_load_back_is_an_error(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, '_load', lambda folder: make_model(3))
+    with pytest.raises(WeightsError, match=r'toy does not load back as it was written: \S+ differs; export it again'):
+        hub.export(checkpoint, tmp_path / 'out' / 'toy')
+    assert list((tmp_path / 'out').iterdir()) == []

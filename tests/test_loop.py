@@ -1,0 +1,270 @@
+"""The training loop of the experiments."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import loop
+from loop import Settings, augment, evaluate, fit, normalize
+
+N, CLASSES, SIDE, BATCH = 23, 3, 8, 5
+PER_EPOCH = N // BATCH  # 4 batches; 3 images of an epoch are left out
+SETTINGS = Settings(lr=1e-2, epochs=3, batch_size=BATCH, seed=7)
+PLAIN = Settings(lr=0.0, warmup_lr=0.0, weight_decay=0.0, batch_size=BATCH, flip=False, shift=0)  # changes nothing
+
+
+def images() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (N, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    return pixels, torch.arange(N) % CLASSES
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """The same images, with noise from the random numbers of the process that loads them if it is wanted."""
+
+    def __init__(self, noise: float) -> None:
+        self.noise, self.seen, self.epochs = noise, [], []
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        self.seen.append(i)
+        pixels, labels = images()
+        return pixels[i] / 127.5 - 1 + self.noise * torch.randn(3, SIDE, SIDE), labels[i]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+def make_ait() -> nn.Module:
+    """A model with all that a checkpoint must hold: weights, memory and dropout."""
+    torch.manual_seed(2)
+    shape: dict[str, Any] = dict(img_size=SIDE, depth=1, embed_dim=24, num_heads=2, num_classes=CLASSES)
+    memory: dict[str, Any] = dict(num_slots=7, slot_dim=5, write_heads=3, bottleneck=11)
+    return timm.create_model('test_ait', **shape, **memory, proj_drop_rate=0.3)
+
+
+def make_linear() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, CLASSES))
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Let every run stop with an error before this step."""
+    train = loop.Run.train
+
+    def stopping(run: loop.Run, batch: list[Tensor]) -> None:
+        if run.step == step:
+            raise StoppedError
+        train(run, batch)
+
+    patch.setattr(loop.Run, 'train', stopping)
+
+
+def assert_equal(a: nn.Module, b: nn.Module) -> None:
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize('save_every', [None, 3, 5])
+@pytest.mark.parametrize(
+    ('kind', 'workers'), [('tensors', 0), ('data set', 0), ('data set', 1)], ids=['tensors', 'data set', 'worker']
+)
+def test_a_run_that_was_stopped_ends_with_the_same_weights_and_log(
+    kind: str, workers: int, save_every: int | None, tmp_path: Path
+) -> None:
+    data = images() if kind == 'tensors' else Noisy(noise=0.0 if workers else 0.5)
+    whole = make_ait()
+    log = fit(whole, data, SETTINGS, workers=workers)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(7, patch)
+        with pytest.raises(StoppedError):
+            fit(make_ait(), data, SETTINGS, tmp_path / 'run.pt', save_every, workers)
+    torch.manual_seed(13)  # another process has other random numbers
+    resumed = make_ait()
+    torch.nn.init.zeros_(resumed.head.weight)
+    assert fit(resumed, data, SETTINGS, tmp_path / 'run.pt', save_every, workers) == log
+    assert_equal(resumed, whole)
+
+
+def test_a_finished_run_is_read_and_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_ait()
+    log = fit(model, images(), SETTINGS, tmp_path / 'run.pt')
+    monkeypatch.setattr(loop.Run, 'train', lambda *args: pytest.fail('trained'))
+    again = make_ait()
+    assert fit(again, images(), SETTINGS, tmp_path / 'run.pt') == log
+    assert_equal(again, model)
+
+
+def test_a_killed_save_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / 'run.pt'
+    loop.save({'step': 3}, path)
+
+    def killed(state: Any, file: Any) -> None:
+        file.write(b'half of a checkpoint')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, 'save', killed)
+    with pytest.raises(KeyboardInterrupt):
+        loop.save({'step': 5}, path)
+    assert torch.load(path, weights_only=True) == {'step': 3}
+    monkeypatch.undo()
+    loop.save({'step': 5}, path)
+    assert torch.load(path, weights_only=True) == {'step': 5}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    fit(make_linear(), images(), Settings(lr=0.01, batch_size=BATCH), tmp_path / 'run.pt')
+    with pytest.raises(ValueError, match=r'run\.pt is of a run with lr=0\.01, seed=0; use the same settings or remove'):
+        fit(make_linear(), images(), Settings(lr=0.02, seed=3, batch_size=BATCH), tmp_path / 'run.pt')
+
+
+@pytest.mark.parametrize(('save_every', 'step'), [(None, 4), (3, 3)])
+def test_a_loss_that_is_not_finite_is_an_error_and_is_not_saved(
+    save_every: int | None, step: int, tmp_path: Path
+) -> None:
+    model = make_linear()
+    nn.init.constant_(model[1].weight, float('nan'))
+    with pytest.raises(ValueError, match=f'a finite loss, got nan before step {step}; lower the learning rate'):
+        fit(model, images(), SETTINGS, tmp_path / 'run.pt', save_every)
+    assert not (tmp_path / 'run.pt').exists()
+
+
+def test_fewer_images_than_a_batch_are_an_error() -> None:
+    with pytest.raises(ValueError, match='at least one batch of 29 images, got 23; lower batch_size'):
+        fit(make_linear(), images(), Settings(lr=0.01, batch_size=29))
+
+
+def test_the_log_has_the_mean_loss_and_accuracy_of_each_epoch() -> None:
+    pixels, labels = images()
+    data = pixels[: 4 * BATCH], labels[: 4 * BATCH]
+    model = make_linear()
+    log = fit(model, data, PLAIN)
+    logits = model(normalize(data[0], PLAIN))
+    assert log == [
+        {
+            'loss': pytest.approx(F.cross_entropy(logits, data[1]).item(), rel=1e-5),
+            'accuracy': 100 * (logits.argmax(-1) == data[1]).double().mean().item(),
+        }
+    ]
+
+
+@pytest.mark.parametrize(('steps', 'epochs'), [(3, 1), (4, 1), (9, 3)])
+def test_a_number_of_steps_replaces_the_epochs(steps: int, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(steps, monkeypatch)  # which would raise if one step more was done
+    log = fit(make_linear(), images(), Settings(lr=0.01, steps=steps, batch_size=BATCH))
+    assert len(log) == epochs
+
+
+def test_each_epoch_takes_every_image_at_most_once_in_an_order_of_its_own() -> None:
+    data = Noisy(noise=0.0)
+    fit(make_linear(), data, SETTINGS)
+    epochs = [data.seen[i : i + PER_EPOCH * BATCH] for i in range(0, len(data.seen), PER_EPOCH * BATCH)]
+    assert data.epochs == [0, 1, 2]
+    assert [len(set(epoch)) for epoch in epochs] == [PER_EPOCH * BATCH] * 3
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    other = Noisy(noise=0.0)
+    fit(make_linear(), other, Settings(lr=1e-2, batch_size=BATCH, seed=8))
+    assert other.seen != epochs[0]
+
+
+def test_the_random_numbers_of_the_caller_are_left_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model, data = make_linear(), Noisy(noise=0.5)
+    torch.manual_seed(5)
+    fit(model, data, SETTINGS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_learning_rate_grows_then_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    train = loop.Run.train
+
+    def noting(run: loop.Run, batch: list[Tensor]) -> None:
+        train(run, batch)
+        rates.append(run.optimizer.param_groups[0]['lr'])
+
+    monkeypatch.setattr(loop.Run, 'train', noting)
+    fit(make_linear(), images(), Settings(lr=1.0, steps=10, warmup=0.2, warmup_lr=0.5, min_lr=0.1, batch_size=BATCH))
+    cosine = [0.1 + 0.45 * (1 + torch.tensor(torch.pi * i / 10).cos().item()) for i in range(2, 10)]
+    assert rates == pytest.approx([0.5, 0.75, *cosine])
+
+
+def test_mixed_precision_computes_in_bfloat16() -> None:
+    model, dtypes = make_linear(), set()
+    model[1].register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    fit(model, images(), Settings(lr=0.01, batch_size=BATCH, bfloat16=True))
+    evaluate(model, images(), Settings(lr=0.01, bfloat16=True))
+    assert dtypes == {torch.bfloat16}
+    assert model[1].weight.dtype == torch.float32
+
+
+class WithQuestion(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, CLASSES)
+
+    def forward(self, x: Tensor, question: Tensor) -> Tensor:
+        assert x.shape[1:] == (3, SIDE, SIDE)
+        return self.head(question)
+
+
+def test_more_inputs_go_to_the_model_between_images_and_labels() -> None:
+    pixels, labels = images()
+    data = (pixels, torch.randn(N, 2), labels)
+    log = fit(WithQuestion(), data, Settings(lr=0.1, batch_size=BATCH))
+    assert len(log) == 1
+    assert 0 <= evaluate(WithQuestion(), data, PLAIN) <= 100
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 250])
+def test_the_accuracy_is_that_of_all_images_at_any_batch_size(batch_size: int) -> None:
+    model, (pixels, labels) = make_linear(), images()
+    right = (model(normalize(pixels, PLAIN)).argmax(-1) == labels).sum().item()
+    assert 0 < right < N
+    assert evaluate(model, (pixels, labels), PLAIN, batch_size) == 100 * right / N
+    assert evaluate(model, Noisy(noise=0.0), PLAIN, batch_size) == 100 * right / N
+
+
+def test_pixels_are_normalized_and_floats_are_not() -> None:
+    settings = Settings(lr=0.1, mean=(0.5, 0.2, 0.0), std=(0.5, 0.4, 1.0))
+    pixels = torch.tensor([[0, 255], [51, 255], [0, 51]], dtype=torch.uint8).view(1, 3, 1, 2)
+    expected = torch.tensor([[-1.0, 1.0], [0.0, 2.0], [0.0, 0.2]]).view(1, 3, 1, 2)
+    torch.testing.assert_close(normalize(pixels, settings), expected)
+    assert normalize(expected, settings) is expected
+
+
+def test_an_image_is_moved_with_its_edge_reflected() -> None:
+    x = images()[0]
+    padded = F.pad(x.float(), (2, 2, 2, 2), mode='reflect').to(torch.uint8)
+    moves = [(dy, dx) for dy in range(5) for dx in range(5)]
+    crops = torch.stack([padded[:, :, dy : dy + SIDE, dx : dx + SIDE] for dy, dx in moves], dim=1)
+    torch.manual_seed(0)
+    matches = (augment(x, flip=False, shift=2)[:, None] == crops).flatten(2).all(-1)  # (N, 25)
+    assert matches.sum(-1).tolist() == [1] * N
+    assert matches.any(0).sum() > 7  # each image has its own move
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    x = torch.arange(3).expand(1000, 2, 5, 3)
+    torch.manual_seed(0)
+    y = augment(x, flip=True, shift=0)
+    mirrored = (y == x.flip(-1)).flatten(1).all(1)
+    assert torch.equal(mirrored, ~(y == x).flatten(1).all(1))
+    assert 400 < mirrored.sum() < 600

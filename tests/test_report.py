@@ -1,0 +1,66 @@
+"""The report on memories: each number by hand."""
+
+import math
+
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+from timm_ait import BlockReport, GlobalWorkspace, format_report, memory_report
+
+ORTHOGONAL, EQUAL = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+
+
+def report(memory: Tensor, h: Tensor) -> BlockReport:
+    """Of a workspace whose normalised tokens are ``h`` (B, N, 2) and whose attractors are 40 gamma."""
+    layer = GlobalWorkspace(2, num_slots=2, slot_dim=2)
+    layer.fc1 = layer.act = layer.fc2 = layer.norm = nn.Identity()
+    with torch.no_grad():
+        layer.linear_transform.weight.copy_(40 * torch.eye(2))
+        layer.linear_transform.bias.zero_()
+        layer.memory.copy_(memory)
+    (one,) = memory_report(layer, h)
+    return one
+
+
+def test_orthogonal_slots_that_every_token_tells_apart() -> None:
+    seen = report(ORTHOGONAL, torch.eye(2)[None])  # one image of two tokens, each retrieves one of two attractors
+    assert seen.mean_cosine == pytest.approx(0)
+    assert seen.effective_rank == pytest.approx(2)
+    assert seen.slots_in_use == pytest.approx(2)
+    assert seen.length == pytest.approx(40)
+    assert seen.varies_over_tokens == pytest.approx(math.sqrt(0.5))  # length 40, distance 20 sqrt(2) from the mean
+    assert seen.varies_over_images == pytest.approx(0, abs=1e-3)
+
+
+def test_equal_slots_are_a_constant() -> None:
+    seen = report(EQUAL, torch.eye(2)[None])
+    assert (seen.mean_cosine, seen.effective_rank, seen.slots_in_use) == pytest.approx((1, 1, 2))
+    assert (seen.varies_over_tokens, seen.varies_over_images) == pytest.approx((0, 0), abs=1e-3)
+
+
+def test_images_that_differ_as_wholes_vary_over_images_too() -> None:
+    seen = report(ORTHOGONAL, torch.eye(2)[:, None])  # two images of one token
+    assert seen.varies_over_images == pytest.approx(seen.varies_over_tokens) == pytest.approx(math.sqrt(0.5))
+
+
+def test_several_batches_count_as_one_and_the_model_stays_as_it_was() -> None:
+    model = timm.create_model('test_ait', depth=2, retrieval_steps=2).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = torch.randn(6, 3, 32, 32)
+    whole, parts = memory_report(model, images), memory_report(model, [(images[:2], None), (images[2:], None)])
+    assert len(whole) == 2
+    for a, b in zip(whole, parts, strict=True):
+        assert vars(a) == pytest.approx(vars(b), rel=1e-3)
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert format_report(whole).count('\n') == 3
+
+
+def test_what_cannot_be_reported_on_is_said() -> None:
+    with pytest.raises(ValueError, match='no GlobalWorkspace to report on; a fused model has none'):
+        memory_report(reparameterize_model(timm.create_model('test_ait')), torch.randn(2, 3, 32, 32))
+    with pytest.raises(ValueError, match='at least one batch of images'):
+        memory_report(timm.create_model('test_ait'), [])

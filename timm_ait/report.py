@@ -1,0 +1,153 @@
+"""What the memories of a model hold, and what its tokens retrieve, in a few numbers."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .workspace import GlobalWorkspace
+
+__all__ = ['BlockReport', 'format_report', 'memory_report']
+
+
+@dataclass
+class BlockReport:
+    """One workspace. Lengths are root mean squares over tokens.
+
+    Attributes:
+        mean_cosine: Mean cosine between two slots: 1 where all slots are one point, 0 where they are orthogonal.
+        effective_rank: Number of directions that the slots use: exp of the entropy of their singular values, 1 to M.
+        length: Length of the retrieval, relative to the length of a token.
+        varies_over_tokens: Share of the length that remains when the mean over all tokens is taken off, 0 to 1. With 0
+            the retrieval is a constant.
+        varies_over_images: The same for the means of the images.
+        slots_in_use: How many slots get an even share of the retrieval: exp of the entropy of their shares, 1 to M.
+    """
+
+    mean_cosine: float
+    effective_rank: float
+    length: float
+    varies_over_tokens: float
+    varies_over_images: float
+    slots_in_use: float
+
+
+class _Sums:
+    """Sums over all tokens that pass one workspace."""
+
+    def __init__(self) -> None:
+        self.cosines: list[Tensor] = []
+        self.ranks: list[Tensor] = []
+        self.shares: Any = 0
+        self.tokens = self.images = 0
+        self.squares: Any = 0
+        self.states: Any = 0
+        self.mean: Any = 0
+        self.means_squared: Any = 0
+        self.means: Any = 0
+        self.last_shares: Tensor | None = None
+
+    def see_slots(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook on the linear transform, which gets slots of unit length: (M, D) or (B, M, D)."""
+        slots = args[0].float()
+        M = slots.shape[-2]
+        cosines = slots @ slots.transpose(-2, -1)
+        self.cosines.append(((cosines.sum(dim=(-2, -1)) - M) / max(M * (M - 1), 1)).mean())
+        values = torch.linalg.svdvals(slots)
+        self.ranks.append(torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp().mean())
+
+    def see_shares(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook on the softmax of the retrieval; the last update counts: (T, M) or (B, N, M)."""
+        self.last_shares = output
+
+    def see_retrieval(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Hook on the retrieval."""
+        _, h, attractors = args[:3]
+        assert self.last_shares is not None
+        shares = self.last_shares.float().view(*h.shape[:-1], -1)  # (T, M) or (B, N, M) -> (B, N, M)
+        r = shares @ attractors.float()  # (B, N, E)
+        means = r.mean(dim=1)
+        self.shares = self.shares + shares.sum(dim=(0, 1))
+        self.tokens += h.shape[0] * h.shape[1]
+        self.images += len(h)
+        self.squares = self.squares + r.square().sum()
+        self.states = self.states + h.float().square().sum()
+        self.mean = self.mean + r.sum(dim=(0, 1))
+        self.means = self.means + means.sum(dim=0)
+        self.means_squared = self.means_squared + means.square().sum()
+
+    def report(self) -> BlockReport:
+        """The numbers behind the sums."""
+        square = self.squares / self.tokens
+        over_tokens = square - (self.mean / self.tokens).square().sum()
+        over_images = self.means_squared / self.images - (self.means / self.images).square().sum()
+        return BlockReport(
+            mean_cosine=torch.stack(self.cosines).mean().item(),
+            effective_rank=torch.stack(self.ranks).mean().item(),
+            length=(self.squares / self.states).sqrt().item(),
+            varies_over_tokens=(over_tokens / square).clamp_min(0).sqrt().item(),
+            varies_over_images=(over_images / square).clamp_min(0).sqrt().item(),
+            slots_in_use=torch.special.entr(self.shares / self.tokens).sum().exp().item(),
+        )
+
+
+@torch.no_grad()
+def memory_report(model: nn.Module, batches: Tensor | Iterable[Any]) -> list[BlockReport]:
+    """Run some images through a model in evaluation mode, and report on each of its workspaces.
+
+    Args:
+        model: With at least one :class:`GlobalWorkspace`. Its mode and its memory stay as they are.
+        batches: Images (B, C, H, W), or several batches of them, alone or as the first of a tuple. A few hundred images
+            are enough.
+
+    Returns:
+        One report for each workspace, from the first block to the last.
+
+    Raises:
+        ValueError: If the model has no workspace, or if there are no images.
+    """
+    workspaces = [module for module in model.modules() if isinstance(module, GlobalWorkspace)]
+    if not workspaces:
+        raise ValueError(
+            'the model has no GlobalWorkspace to report on; a fused model has none: report before you fuse'
+        )
+    sums = [_Sums() for _ in workspaces]
+    hooks = []
+    for workspace, seen in zip(workspaces, sums, strict=True):
+        hooks.append(workspace.linear_transform.register_forward_hook(seen.see_slots))
+        hooks.append(workspace.retrieval.softmax.register_forward_hook(seen.see_shares))
+        hooks.append(workspace.retrieval.register_forward_hook(seen.see_retrieval))
+    device, was_training = workspaces[0].memory.device, model.training
+    model.eval()
+    try:
+        for batch in [batches] if isinstance(batches, Tensor) else batches:
+            model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if not sums[0].images:
+        raise ValueError('expected at least one batch of images, got none')
+    return [seen.report() for seen in sums]
+
+
+def format_report(reports: list[BlockReport]) -> str:
+    """The reports as a Markdown table, one line for each block."""
+    heading = (
+        '| block | slots: mean cosine | effective rank | in use | retrieval / token, length | varies over tokens, % '
+    )
+    lines = [f'{heading}| over images, % |', '|---|---|---|---|---|---|---|']
+    for i, report in enumerate(reports):
+        numbers = asdict(report)
+        cells = (
+            f'{numbers["mean_cosine"]:.4f}',
+            f'{numbers["effective_rank"]:.1f}',
+            f'{numbers["slots_in_use"]:.1f}',
+            f'{numbers["length"]:.3f}',
+            f'{100 * numbers["varies_over_tokens"]:.2f}',
+            f'{100 * numbers["varies_over_images"]:.2f}',
+        )
+        lines.append(f'| {i} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
