@@ -94,18 +94,18 @@ def draw(path: Path, shares: dict[str, Tensor], title: str) -> None:
     """Draw a point a head, layer by layer, in the colour of its group."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6, 0.5 * len(shares)), 4), layout='constrained')
+    figure = Figure(figsize=(max(7, 0.5 * len(shares)), 4), layout='constrained')
     axes = figure.subplots()
     points = [(i, share) for i, layer in enumerate(shares.values()) for share in layer.tolist()]
     for number, (name, colour) in enumerate(zip(GROUPS, COLOURS, strict=True)):
         mine = [(i, 100 * share) for i, share in points if group(share) == number]
-        label = f'{name}: {len(mine)} of {len(points)} heads'
+        label = f'{name}: {len(mine)} heads'
         axes.scatter([x for x, _ in mine], [y for _, y in mine], color=colour, alpha=0.7, label=label)
     for limit in LIMITS:
         axes.axhline(100 * limit, color='black', linestyle='--', linewidth=0.8)
     axes.set(xlabel='layer', ylabel=f'tokens with {MASS:.0%} of the attention, %', ylim=(0, 102), title=title)
     axes.set_xticks(range(len(shares)))
-    figure.legend(loc='outside lower center', ncols=3, frameon=False)
+    figure.legend(loc='outside lower center', ncols=3, frameon=False, fontsize='small')
     figure.savefig(path, dpi=150)
 
 
