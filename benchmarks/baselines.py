@@ -15,7 +15,7 @@ from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
 from timm_ait import NormalizedPatchEmbed  # and registers the models
-from timm_ait.balance import carry_balance_loss
+from timm_ait.balance import attach, track
 
 HEADS = ('flatten', 'avg', 'pma')
 
@@ -132,7 +132,7 @@ class Baseline(nn.Module):
         """Images (B, C, H, W), and questions (B, Q) where the model takes them -> logits (B, num_classes)."""
         x, balance = self.mixer(self.stem(images, question))
         logits = self.head(x)
-        return carry_balance_loss(logits, balance) if self.training else logits
+        return track(attach(logits, balance)) if self.training and balance.requires_grad else logits
 
 
 def create(

@@ -12,7 +12,7 @@ from timm.layers import Mlp, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from timm_ait.workspace import balance_loss
+from timm_ait.workspace import Selection, load_balance_loss
 
 
 class CrossAttention(nn.Module):
@@ -184,7 +184,8 @@ class CoordinationBlock(nn.Module):
         slots, shares, selected = self.write(h, slots)
         if self.balance_weight == 0:
             return slots, h.new_zeros(())
-        loss = balance_loss(shares.flatten(0, 1), selected.flatten(0, 1), h.shape[1])  # (B, H, M, k) -> (B*H, M, k)
+        gates, tokens = shares.flatten(0, 1), selected.flatten(0, 1)  # (B, H, M, k) -> (B*H, M, k)
+        loss = load_balance_loss(Selection(gates, tokens, gates.new_empty(0)), h.shape[1])
         return slots, self.balance_weight * loss / len(h)
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from timm_ait import NormalizedPatchEmbed, hopfield
-from timm_ait.workspace import balance_loss
+from timm_ait import HopfieldRetrieval, NormalizedPatchEmbed
+from timm_ait.workspace import Selection, load_balance_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import baselines
@@ -146,7 +146,7 @@ def test_hopfield_coordination_reads_attractors() -> None:
     mixer = mixers.Coordination(E, 1, H, num_slots=M, slot_dim=D, across_batch=True, hopfield=True, beta=0.7).eval()
     (block,), x = mixer.blocks, torch.randn(B, N, E)
     attractors = block.memory @ block.read.lift.weight.t() + block.read.lift.bias
-    x1 = hopfield.hopfield_retrieval(x, block.norm1(x), attractors, beta=0.7)
+    x1 = HopfieldRetrieval(beta=0.7)(x, block.norm1(x), attractors)
     torch.testing.assert_close(mixer(x)[0], x1 + feed_forward(block.mlp, block.norm2(x1)))
 
 
@@ -160,7 +160,14 @@ def test_the_balance_loss_is_that_of_the_paper_and_reaches_the_gradient_through_
     (block,), h = twin.mixer.blocks, twin.stem(images)
     h = block.norm1(h).flatten(0, 1)[None] if across_batch else block.norm1(h)
     _, shares, selected = block.write(h, torch.eye(5, 11).expand(len(h), -1, -1))
-    balance = 0.3 * sum(balance_loss(*pair, h.shape[1]) for pair in zip(shares, selected, strict=True)) / len(h)
+    balance = (
+        0.3
+        * sum(
+            load_balance_loss(Selection(*pair, torch.empty(0)), h.shape[1])
+            for pair in zip(shares, selected, strict=True)
+        )
+        / len(h)
+    )
     (F.cross_entropy(twin(images), labels) + balance).backward()
     for one, same in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one.grad, same.grad)

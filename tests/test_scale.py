@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest import approx
 from timm.loss import AsymmetricLossMultiLabel, BinaryCrossEntropy, JsdCrossEntropy
 from torch import Tensor, nn
 
@@ -151,19 +150,19 @@ SCALED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 
 @pytest.mark.parametrize('loss', ONE.values(), ids=ONE)
 def test_a_loss_counts_once_however_it_is_written(loss: Callable[[Tensor], Tensor]) -> None:
-    assert factor_of(loss) == approx(1)
+    assert factor_of(loss) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(('loss', 'expected'), SCALED.values(), ids=SCALED)
 def test_the_scale_of_the_loop_is_followed(loss: Callable[[Tensor], Tensor], expected: float) -> None:
-    assert factor_of(loss) == approx(expected)
+    assert factor_of(loss) == pytest.approx(expected)
 
 
 def test_a_vector_and_a_cached_gradient_count_once() -> None:
     for start in (lambda x: ce(x, reduction='none').backward(WEIGHTS), lambda x: x.backward(ONE_HOT)):
         model = Model()
         start(model())
-        assert model.factor() == approx(1)
+        assert model.factor() == pytest.approx(1)
 
 
 def test_an_operation_runs_once_with_all_its_effects() -> None:
@@ -173,7 +172,7 @@ def test_an_operation_runs_once_with_all_its_effects() -> None:
     assert total.item() == loss.item()
     buffer = torch.ones(())
     buffer.add_(ce(model()))
-    assert buffer.item() == approx(1 + loss.item())
+    assert buffer.item() == pytest.approx(1 + loss.item())
     calls: list[int] = []
     model().mean().register_hook(lambda grad: calls.append(1))
     (model() * torch.rand(B, C)).sum().backward()
@@ -185,14 +184,14 @@ def test_two_losses_with_a_backward_pass_each_count_once_in_all() -> None:
     x = model()
     ce(x).backward(retain_graph=True)
     z(x).backward()
-    assert model.factor() == approx(1)
+    assert model.factor() == pytest.approx(1)
 
 
 def test_two_losses_in_one_backward_pass_count_once() -> None:
     model = Model()
     x = model()
     torch.autograd.backward([ce(x), z(x)])
-    assert model.factor() == approx(1)
+    assert model.factor() == pytest.approx(1)
 
 
 def test_gradients_of_each_task_sum_to_one_balance_loss() -> None:
@@ -202,7 +201,7 @@ def test_gradients_of_each_task_sum_to_one_balance_loss() -> None:
         torch.autograd.grad(loss, [model.balance, model.weight], retain_graph=True)[0]
         for loss in (ce(x), z(x), x.abs().mean())
     ]
-    assert sum(gradients).item() == approx(1)
+    assert sum(gradients).item() == pytest.approx(1)
 
 
 def test_gradients_of_a_term_that_are_only_looked_at_take_nothing_from_the_sum() -> None:
@@ -211,7 +210,7 @@ def test_gradients_of_a_term_that_are_only_looked_at_take_nothing_from_the_sum()
     first, second = ce(x), z(x)
     torch.autograd.grad(first, [model.weight, model.balance], retain_graph=True)
     (first + second).backward()
-    assert model.factor() == approx(1)
+    assert model.factor() == pytest.approx(1)
 
 
 def test_the_same_loss_twice_counts_twice_as_it_does_itself() -> None:
@@ -219,13 +218,13 @@ def test_the_same_loss_twice_counts_twice_as_it_does_itself() -> None:
     loss = ce(model())
     loss.backward(retain_graph=True)
     loss.backward()
-    assert model.factor() == approx(2)
+    assert model.factor() == pytest.approx(2)
 
 
 def test_every_forward_of_one_loss_counts() -> None:
     model = Model()
     sum(ce(model()) / 2 for _ in range(2)).backward()
-    assert model.factor() == approx(2 / 2)
+    assert model.factor() == pytest.approx(2 / 2)
 
 
 def test_gradients_of_inputs_alone_are_those_of_the_loss_alone() -> None:
@@ -239,7 +238,7 @@ def test_gradients_of_inputs_alone_are_those_of_the_loss_alone() -> None:
     torch.testing.assert_close(grad, expected)
     ce(output()).backward()  # asks for the parameters too
     torch.testing.assert_close(inputs.grad, expected + 1)
-    assert model.factor() == approx(1)
+    assert model.factor() == pytest.approx(1)
 
 
 def test_whoever_adds_the_balance_loss_himself_gets_it_once() -> None:
@@ -247,7 +246,7 @@ def test_whoever_adds_the_balance_loss_himself_gets_it_once() -> None:
     loss = model.balance * 1
     x = track(attach(model.weight * 2, loss))
     (ce(x) + 3 * balance.hand_out(loss)).backward()
-    assert model.factor() == approx(3)
+    assert model.factor() == pytest.approx(3)
 
 
 def test_a_second_pass_that_cannot_be_followed_is_told_at_the_next_forward() -> None:
@@ -255,7 +254,7 @@ def test_a_second_pass_that_cannot_be_followed_is_told_at_the_next_forward() -> 
     x = model()
     x.backward(ONE_HOT, retain_graph=True)
     x.backward(ONE_HOT)
-    assert model.factor() == approx(1)
+    assert model.factor() == pytest.approx(1)
     with pytest.warns(
         UserWarning, match=r'in the first pass alone\. To choose yourself, set model\.auto_balance = Fal'
     ):
@@ -279,7 +278,7 @@ def test_a_backward_pass_that_fails_leaves_nothing_behind() -> None:
         (ce(x) / 4).backward()
     other = Model()
     other().backward(ONE_HOT)
-    assert other.factor() == approx(1)
+    assert other.factor() == pytest.approx(1)
 
 
 def test_the_numbers_that_a_user_sees_are_ordinary() -> None:

@@ -1,4 +1,4 @@
-"""What training stacks do to a model beside calling it: other outputs, compilers, checkpoints, adapters, frozen parts."""
+"""What training stacks do to a model: other outputs, compilers, checkpoints, adapters, frozen parts."""
 
 import ast
 import copy
