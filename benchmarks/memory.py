@@ -1,0 +1,207 @@
+"""Does a memory pay? Models that differ in the memory alone, over seeds, with its cost and what it holds.
+
+    python benchmarks/memory.py DIR --out benchmarks/results/memory    (DIR/train/<class>/*, DIR/test/<class>/*)
+    python benchmarks/memory.py --show benchmarks/results/memory       (the table and the picture, out of the results)
+
+Each run writes one JSON file when it has finished, and a checkpoint on its way: call again after a stop. What is tested,
+and what counts as a gain, stands in README.md under "Does the memory pay?".
+"""
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from loop import Settings, evaluate, fit
+from record import write_record
+from torch import Tensor, nn
+from upcycle import load
+
+from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
+
+# 97.5 % quantiles of Student's t, by degrees of freedom
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+class NoMemory(GlobalWorkspace):
+    """The block without any memory: the LayerNorm on the output of the feed-forward part remains."""
+
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        """Return ``h``."""
+        return h
+
+
+class NoAttention(nn.Module):
+    """In the place of self-attention: nothing."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Zeros (B, N, E)."""
+        return torch.zeros_like(x)
+
+
+VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
+    'none': (NoMemory, dict(write_mode='never')),
+    'frozen': (GlobalWorkspace, dict(write_mode='never', write_rule='distinct')),
+    'published': (GlobalWorkspace, {}),
+    'distinct': (GlobalWorkspace, dict(write_rule='distinct')),
+    'image': (GlobalWorkspace, dict(write_rule='distinct', write_scope='image', memory_decay=0.5)),
+}
+SHAPE: dict[str, Any] = dict(
+    img_size=32, patch_size=4, num_heads=4, mlp_ratio=2.0, num_classes=10, class_token=False, global_pool='avg'
+)
+WORKSPACE: dict[str, Any] = dict(num_slots=32, slot_dim=32, write_heads=4, bottleneck=512)
+
+
+def create(variant: str, attention: bool, width: int, depth: int) -> AssociativeTransformer:
+    """A small model in the layout of a ViT, with positions and a pooled head.
+
+    Args:
+        variant: Key of :data:`VARIANTS`.
+        attention: Whether the blocks have self-attention.
+        width: E.
+        depth: Number of blocks.
+    """
+    layer, workspace = VARIANTS[variant]
+    model_class = type('Variant', (AssociativeTransformer,), {'workspace_layer': layer})
+    model = model_class(embed_dim=width, depth=depth, **SHAPE, **{**WORKSPACE, **workspace})
+    if not attention:
+        for block in model.blocks:
+            block.attn = NoAttention()
+    return model
+
+
+def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int) -> dict[str, Any]:
+    """Train and test one model."""
+    torch.manual_seed(seed)
+    model = create(variant, args.attention, args.width, args.depth)
+    settings = Settings(lr=args.lr, epochs=args.epochs, batch_size=args.batch_size, seed=seed)
+    checkpoint = args.out / 'checkpoints' / f'{title(args, variant, seed)}.pt'
+    start = time.monotonic()
+    log = fit(model, data['train'], settings, checkpoint, name=title(args, variant, seed))
+    seconds = time.monotonic() - start
+    test = data['test']
+    top1 = evaluate(model, test, settings)
+    images = test[0][: min(500, len(test[0]))] / 127.5 - 1
+    report = [] if variant == 'none' else [vars(block) for block in memory_report(model, images)]
+    parameters = sum(p.numel() for p in model.parameters())
+    checkpoint.unlink(missing_ok=True)
+    return {'top1': top1, 'log': log, 'memory': report, 'parameters': parameters, 'seconds': round(seconds)}
+
+
+def title(args: argparse.Namespace, variant: str, seed: int) -> str:
+    """Name of a run."""
+    return f'{variant}-{"attention" if args.attention else "alone"}-w{args.width}-d{args.depth}-{seed}'
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95 % interval of the mean, by Student's t."""
+    n = len(values)
+    return T[n - 1] * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
+
+
+def gather(folder: Path) -> dict[tuple[str, str], dict[int, Any]]:
+    """Results by (setting, variant), then by seed."""
+    found: dict[tuple[str, str], dict[int, Any]] = {}
+    for path in sorted(folder.glob('*.json')):
+        record = json.loads(path.read_text())
+        arguments = record['arguments']
+        mixing = 'with self-attention' if arguments['attention'] else 'without self-attention'
+        setting = f'width {arguments["width"]}, depth {arguments["depth"]}, {mixing}'
+        found.setdefault((setting, record['variant']), {})[record['seed']] = record
+    return found
+
+
+def table(found: dict[tuple[str, str], dict[int, Any]]) -> str:
+    """Accuracy with its interval, and the difference to no memory over the same seeds."""
+    heading = '| setting | memory | seeds | top-1, % | less that of no memory | training loss | slots: cosine, rank '
+    lines = [f'{heading}| retrieval varies, % | time |', '|---|---|---|---|---|---|---|---|---|']
+    for (setting, variant), seeds in found.items():
+        control = found.get((setting, 'none'), {})
+        top1 = [record['top1'] for record in seeds.values()]
+        gains = [record['top1'] - control[seed]['top1'] for seed, record in seeds.items() if seed in control]
+        gain = f'{statistics.mean(gains):+.2f} ± {interval(gains):.2f}' if gains and variant != 'none' else ''
+        loss = statistics.mean(record['log'][-1]['loss'] for record in seeds.values())
+        blocks = [block for record in seeds.values() for block in record['memory']]
+        mean = {key: statistics.mean(block[key] for block in blocks) for key in (blocks[0] if blocks else ())}
+        slots = f'{mean["mean_cosine"]:.2f}, {mean["effective_rank"]:.1f}' if mean else ''
+        varies = f'{100 * mean["varies_over_tokens"]:.0f}' if mean else ''
+        times = [record['seconds'] / control[seed]['seconds'] for seed, record in seeds.items() if seed in control]
+        lines.append(
+            f'| {setting} | {variant} | {len(seeds)} | {statistics.mean(top1):.2f} ± {interval(top1):.2f} | {gain} '
+            f'| {loss:.3f} | {slots} | {varies} | {statistics.median(times) if times else float("nan"):.2f} |'
+        )
+    return '\n'.join(lines)
+
+
+def draw(found: dict[tuple[str, str], dict[int, Any]], path: Path) -> None:
+    """Draw every run and the mean of each variant."""
+    from matplotlib.figure import Figure
+
+    settings = list(dict.fromkeys(setting for setting, _ in found))
+    figure = Figure(figsize=(6 * len(settings), 4), layout='constrained', facecolor='white')
+    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+        names = [variant for variant in VARIANTS if (setting, variant) in found]
+        for x, variant in enumerate(names):
+            values = [record['top1'] for record in found[setting, variant].values()]
+            axes.plot([x] * len(values), values, 'o', color='tab:grey', alpha=0.6)
+            axes.errorbar(
+                x + 0.15, statistics.mean(values), yerr=interval(values), fmt='s', color='tab:blue', capsize=4
+            )
+        axes.set(xticks=range(len(names)), xticklabels=names, ylabel='top-1 accuracy, %', title=setting)
+    figure.savefig(path, dpi=110)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', type=Path, nargs='?')
+    parser.add_argument('--show', type=Path, help='folder of results to print and draw; no training')
+    parser.add_argument('--out', type=Path, default=Path('output/memory'))
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument('--attention', action='store_true', help='with self-attention')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
+    parser.add_argument('--minutes', type=float, help='begin no run after so many')
+    parser.add_argument('--width', type=int, default=128)
+    parser.add_argument('--depth', type=int, default=2)
+    parser.add_argument('--images', type=int, default=1000, help='for training, per class')
+    parser.add_argument('--test-images', type=int, default=1000, help='per class')
+    parser.add_argument('--epochs', type=int, default=6)
+    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--lr', type=float, default=1e-3)
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    if args.data is None and args.show is None:
+        parser.error('give a folder of images, or --show')
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what has no result yet, seed by seed; or show the results."""
+    args = parse(argv)
+    if args.show is not None:
+        found = gather(args.show)
+        print(table(found))
+        draw(found, args.show / 'memory.png')
+        return
+    torch.set_num_threads(args.threads)
+    start = time.monotonic()
+    splits = {'train': partial(load, args.data / 'train', 0, args.images)}
+    splits['test'] = partial(load, args.data / 'test', 0, args.test_images)
+    data = {split: read() for split, read in splits.items()}
+    for seed in args.seeds:
+        for variant in args.variants:
+            path = args.out / f'{title(args, variant, seed)}.json'
+            if path.exists() or (args.minutes is not None and time.monotonic() - start > 60 * args.minutes):
+                continue
+            results = run(args, data, variant, seed)
+            arguments = {key: value for key, value in vars(args).items() if key not in ('data', 'out', 'show')}
+            write_record(path, arguments, {'variant': variant, 'seed': seed, **results})
+            print(f'{path.stem}: {results["top1"]:.2f} %', flush=True)
+
+
+if __name__ == '__main__':
+    main()
