@@ -159,11 +159,12 @@ def measure(args: argparse.Namespace) -> list[Row]:
     if args.data:
         images, labels = read_images(model, args.data, args.images)
     batch = images[: args.batch_size]
+    example = batch[:2].clone()  # torch.export saves it, and all that a view of more images would bring
     expected = torch.cat([model(part) for part in images.split(250)])
     rows, runs = [], []
     with tempfile.TemporaryDirectory() as folder:
         for i, name in enumerate(args.formats):
-            run, path = FORMATS[name](copy.deepcopy(model), batch, Path(folder) / str(i))
+            run, path = FORMATS[name](copy.deepcopy(model), example, Path(folder) / str(i))
             difference, accuracy = compare(run, expected, images, labels)
             rows.append(Row(name, path.stat().st_size / 1e6, difference, accuracy=accuracy))
             runs.append(run)
