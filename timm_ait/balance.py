@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, Variable
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .scale import Forward, Loss, Track, follow
+from .scale import Forward, Loss, Term, Track, follow
 
 __all__ = ['TrackedTensor', 'attach', 'hand_out', 'is_backward_running', 'plain', 'track']
 
@@ -96,13 +96,21 @@ class _Attach(Function):
         if ctx.state is None:
             return grad, torch.ops.timm_ait.balance_scale(grad).to(device=device, dtype=dtype)
         # Zero where it must not count, but never None: DistributedDataParallel waits for every parameter's gradient.
-        return grad, torch.as_tensor(ctx.state.scale(), device=device, dtype=dtype)
+        return grad, _as_scalar(ctx.state.scale(), device, dtype)
+
+
+def _as_scalar(scale: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if isinstance(scale, Tensor):
+        return scale.detach().to(device=device, dtype=dtype)
+    return torch.full((), scale, device=device, dtype=dtype)
 
 
 class _State:
     """Of one forward of one layer: the balance loss, and whether a pass without known loss has counted it."""
 
     def __init__(self, balance_loss: Tensor) -> None:
+        if not is_backward_running():
+            _passes.clear()  # of a backward pass that has failed
         self.balance_loss = balance_loss
         self.is_counted = False
         self.is_half = torch.is_autocast_enabled(balance_loss.device.type) and (
@@ -151,7 +159,7 @@ def _balance_scale(like: Tensor) -> Tensor:
     running = next(reversed(_passes.values()), _Pass(1.0, None))
     if running.loss is not None:
         running.loss.count()
-    return torch.as_tensor(running.scale).detach().to(device=like.device, dtype=torch.float32, copy=True)
+    return _as_scalar(running.scale, like.device, torch.float32).clone()
 
 
 @_balance_scale.register_fake
@@ -213,7 +221,8 @@ class TrackedTensor(Tensor):
     def track(self) -> Track:
         with torch._C.DisableTorchFunctionSubclass():
             if '_track' not in vars(self):
-                self._track = Track(frozenset({Forward()}))
+                forwards = frozenset({Forward()})  # of a compiled model, or of a compiled step that returns a loss
+                self._track = Track(forwards, loss=Loss((Term((), forwards),)) if self.numel() == 1 else None)
             return self._track
 
     @classmethod

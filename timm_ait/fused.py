@@ -27,6 +27,7 @@ class FusedWorkspace(nn.Module):
         self.fc1, self.act, self.fc2 = workspace.fc1, workspace.act, workspace.fc2
         self.hidden_norm, self.norm = workspace.hidden_norm, workspace.norm
         self.retrieval, self.scale = workspace.retrieval, workspace.scale
+        self.has_vit_path = workspace.retrieval_scale is not None
         with torch.no_grad():
             dtype = workspace.norm.weight.dtype
             self.register_buffer('attractors', workspace.attractors(workspace.memory, dtype))
@@ -35,7 +36,7 @@ class FusedWorkspace(nn.Module):
         """Retrieve from the memory that the workspace had: (B, N, E) -> (B, N, E)."""
         f = self.fc2(self.hidden_norm(self.act(self.fc1(x))))
         h = self.norm(f)
-        return self.retrieval(h if self.scale is None else f, h, self.attractors, self.scale)
+        return self.retrieval(f if self.has_vit_path else h, h, self.attractors, self.scale)
 
     def is_writing(self) -> bool:
         """It never writes."""

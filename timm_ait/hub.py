@@ -26,10 +26,10 @@ from timm.utils import ParseKwargs
 from torch import Tensor
 
 from timm_ait import AssociativeTransformer, __version__
+from timm_ait.arguments import WORKSPACE_ARGS
 from timm_ait.card import default_repo, write_card
 from timm_ait.convert import fit_pretrained
 from timm_ait.pretrained import FILENAME, WeightsError, sha256_of
-from timm_ait.workspace import WORKSPACE_ARGS
 
 __all__ = ['Checkpoint', 'export', 'push', 'read_checkpoint']
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ['gather', 'sample', 'scatter', 'top_logits']
+__all__ = ['gather', 'gather_per_image', 'sample', 'scatter', 'top_logits', 'top_logits_per_image']
 
 
 class Costs(NamedTuple):
@@ -61,6 +61,21 @@ def scatter(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Te
 def sample(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
     """Products of each row of ``y`` with its selected rows of ``x``: (Q, E), (T, E), (Q, k) -> (Q, k)."""
     return _Derivative.apply(None, y, x, selected, len(x))
+
+
+def top_logits_per_image(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`top_logits` among the tokens of each image: (Q, E), (B, N, E) -> (B, Q, k), (B, Q, k)."""
+    N = tokens.shape[1]
+    logits = torch.matmul(queries, tokens.to(queries.dtype).transpose(1, 2))  # (Q, E), (B, E, N) -> (B, Q, N)
+    if k < N:
+        return logits.topk(k, dim=-1, sorted=False)
+    return logits, torch.arange(N, device=tokens.device).expand_as(logits)
+
+
+def gather_per_image(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
+    """:func:`gather` from the tokens of each image: (B, Q, k), (B, Q, k), (B, N, E) -> (B, Q, E)."""
+    dense = weights.new_zeros(*weights.shape[:2], x.shape[1]).scatter(2, selected, weights)  # (B, Q, N)
+    return torch.bmm(dense, x)
 
 
 class _TopLogits(Function):

@@ -15,11 +15,12 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from .arguments import WORKSPACE_ARGS
 from .balance import plain, track
 from .fused import FusedWorkspace
 from .layers import is_plain
 from .replay import snapshot
-from .workspace import WORKSPACE_ARGS, GlobalWorkspace, MemoryWrite
+from .workspace import GlobalWorkspace, MemoryWrite
 
 __all__ = ['AssociativeBlock', 'AssociativeTransformer', 'NormalizedPatchEmbed']
 

@@ -5,6 +5,9 @@ Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv
 Symbols, as in the paper: B images of N tokens of width E; a memory ``gamma`` of M slots of width D << E;
 S write heads; a bottleneck of k tokens a slot. A NOTE gives the reason where a line differs from the authors' published
 code (https://github.com/yuweisunn/associative-transformer).
+
+In the paper the T = B*N tokens of a batch compete for one memory. With ``write_scope='image'`` the T = N tokens of each
+image compete for a copy of the memory: then gates, reads and memories have one dimension more, B, in front.
 """
 
 import math
@@ -15,31 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import check_limits
 from .balance import attach, hand_out, is_backward_running
-from .distributed import is_distributed, merge_ranks
+from .distributed import is_distributed, merge_ranks, sum_over_ranks
 from .fused import FusedWorkspace
 from .hopfield import HopfieldRetrieval
 from .layers import OutputNorm, is_plain, without_autocast
 from .replay import Replay, snapshot
-from .selection import gather, top_logits
+from .selection import gather, gather_per_image, top_logits, top_logits_per_image
 
-__all__ = ['WORKSPACE_ARGS', 'GlobalWorkspace', 'MemoryWrite', 'Selection', 'load_balance_loss', 'squash']
-
-# The keywords of a workspace that a model takes for all its blocks.
-WORKSPACE_ARGS = (
-    *('num_slots', 'slot_dim', 'write_heads', 'bottleneck', 'beta', 'memory_decay', 'balance_weight'),
-    *('retrieval_steps', 'write_mode', 'write_grad', 'retrieval_scale'),
-)
-WRITE_MODES = ('train', 'always', 'never')
+__all__ = ['GlobalWorkspace', 'MemoryWrite', 'Selection', 'load_balance_loss', 'squash']
 
 
 class Selection(NamedTuple):
     """Which tokens each slot of each head attends to.
 
     Attributes:
-        gates: (S, M, k) attention weights, which sum to 1 over k.
-        tokens: (S, M, k) indices of the selected tokens, in [0, T).
-        lse: (S, M) log-sum-exp of the selected logits, without graph.
+        gates: (..., S, M, k) attention weights, which sum to 1 over k.
+        tokens: (..., S, M, k) indices of the selected tokens, in [0, T).
+        lse: (..., S, M) log-sum-exp of the selected logits, without graph.
     """
 
     gates: Tensor
@@ -51,11 +48,11 @@ class MemoryWrite(NamedTuple):
     """What one batch does to the memory.
 
     Attributes:
-        memory: (M, D) the memory after the write; without graph unless ``write_grad``.
+        memory: (..., M, D) the memory after the write; without graph unless ``write_grad``.
         balance_loss: () the weighted balance loss of this write, differentiable.
         before: (M, D) the memory before the write.
-        heads: (S, M, D) what each head has read for each slot, without graph; NaN where a token is not finite.
-        lse: (S, M) log-sum-exp of the logits behind ``heads``: their weight beside those of other ranks.
+        heads: (..., S, M, D) what each head has read for each slot, without graph; NaN where a token is not finite.
+        lse: (..., S, M) log-sum-exp of the logits behind ``heads``: their weight beside those of other ranks.
     """
 
     memory: Tensor
@@ -77,22 +74,24 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
 
     Args:
         selection: What the slots attend to.
-        num_tokens: T, tokens in the batch.
+        num_tokens: T, tokens that compete.
 
     Returns:
-        (), zero where there is one token only.
+        (), the mean over images with ``write_scope='image'``; zero where there is one token only.
     """
     gates, tokens, _ = selection
     if num_tokens == 1:
         return gates.new_zeros(())
 
-    def per_token(share: Tensor) -> Tensor:  # (S, M, k) -> (S, T), never (S, M, T)
-        return share.new_zeros(share.shape[0], num_tokens).scatter_add(1, tokens.flatten(1), share.flatten(1))
+    def per_token(share: Tensor) -> Tensor:  # (..., S, M, k) -> (..., S, T), never (..., S, M, T)
+        zeros = share.new_zeros(*share.shape[:-2], num_tokens)
+        return zeros.scatter_add(-1, tokens.flatten(-2), share.flatten(-2))
 
     def cv_squared(x: Tensor) -> Tensor:
         return x.var(dim=-1) / (x.mean(dim=-1).square() + 1e-10)
 
-    return (cv_squared(per_token(gates)) + cv_squared(per_token((gates > 0).to(gates.dtype)))).sum()
+    variation = cv_squared(per_token(gates)) + cv_squared(per_token((gates > 0).to(gates.dtype)))  # (..., S)
+    return variation.sum(dim=-1).mean()
 
 
 class GlobalWorkspace(nn.Module):
@@ -126,6 +125,12 @@ class GlobalWorkspace(nn.Module):
             at all.
         write_grad: Whether the task's gradient reaches the write through this batch's retrieval. Parameters that can
             get no gradient are frozen.
+        write_rule: 'published' is the paper's rule, which pulls all slots to one point. 'distinct' removes from each
+            write what all slots read alike, writes rows of unit length, so that ``memory_decay`` is the rate that it
+            says, starts from orthogonal slots, and learns a gain on the retrieval.
+        write_scope: 'batch' as in the paper: the tokens of the batch write into one memory, and evaluation reads what
+            training has written. 'image': every image writes its own tokens into a copy of the memory and reads the
+            copy, in evaluation too. The memory itself starts every copy, and moves by their mean.
         retrieval_scale: None returns ``h + r`` as the paper does. A number returns ``f + scale * r``, with ``f`` the
             feed-forward output before its norm and ``scale`` (E,) learned from that number on: 0 starts as a ViT.
         bias: Biases in the feed-forward part.
@@ -153,6 +158,8 @@ class GlobalWorkspace(nn.Module):
         retrieval_steps: int = 1,
         write_mode: str = 'train',
         write_grad: bool = True,
+        write_rule: str = 'published',
+        write_scope: str = 'batch',
         retrieval_scale: float | None = None,
         bias: bool = True,
         drop: float = 0.0,
@@ -166,7 +173,8 @@ class GlobalWorkspace(nn.Module):
         self.bottleneck, self.beta, self.memory_decay = bottleneck, beta, memory_decay
         self.balance_weight, self.retrieval_steps = balance_weight, retrieval_steps
         self.write_mode, self.write_grad, self.retrieval_scale = write_mode, write_grad, retrieval_scale
-        _check_limits(self)
+        self.write_rule, self.write_scope = write_rule, write_scope
+        check_limits(self)
         self.in_features = in_features
         self.auto_balance = True
         dd = {'device': device, 'dtype': dtype}
@@ -192,7 +200,8 @@ class GlobalWorkspace(nn.Module):
         # linear transform W_LT from the width of a slot to the width of a token, and Hopfield retrieval
         self.linear_transform = nn.Linear(slot_dim, in_features, **dd)
         self.retrieval = HopfieldRetrieval(beta, retrieval_steps)
-        self.scale = None if retrieval_scale is None else nn.Parameter(torch.empty(in_features, **dd))
+        has_gain = retrieval_scale is not None or write_rule == 'distinct'
+        self.scale = nn.Parameter(torch.empty(in_features, **dd)) if has_gain else None
 
         self.replay = Replay()
         self.reset_parameters()
@@ -200,9 +209,14 @@ class GlobalWorkspace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Write the tokens ``x`` (B, N, E) into the memory where the mode says so, and retrieve from it: (B, N, E)."""
-        if torch.jit.is_scripting() or not self.is_writing():  # TorchScript is for deployment: it does not write
+        if torch.jit.is_scripting():  # TorchScript is for deployment: the memory stays as it is
             f = self.feed_forward(x)
-            return self.read(f, self.norm(f), self.memory)
+            h = self.norm(f)
+            return self.read(f, h, self.copy_memory(h) if self.has_copies() else self.memory)
+        elif not self.is_writing():
+            f = self.feed_forward(x)
+            h = self.norm(f)
+            return self.read(f, h, self.write(h, self.memory).memory if self.has_copies() else self.memory)
         elif is_backward_running():
             return self.step(x, self.replay.memory_before(x))[0]
         else:
@@ -217,7 +231,7 @@ class GlobalWorkspace(nn.Module):
         """
         f = self.feed_forward(x)
         h = self.norm(f)
-        write = self.write(squash(h), memory)
+        write = self.write(h if self.has_copies() else squash(h), memory)
         memory = write.memory
         if write.balance_loss.requires_grad and self.adds_balance_loss():
             memory = attach(memory, write.balance_loss)
@@ -228,22 +242,22 @@ class GlobalWorkspace(nn.Module):
         return self.drop2(self.fc2(self.hidden_norm(self.drop1(self.act(self.fc1(x))))))
 
     def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
-        """Bottleneck write of the squashed tokens ``h`` (T, E) into ``memory`` (M, D)."""
+        """Bottleneck write of the tokens ``h`` into ``memory`` (M, D): (B*N, E) as one batch, or (B, N, E) by image."""
         keys, values = self._project(h)
         with without_autocast(h):  # softmax and EWMA stay in float32, and the logits where `top_logits` can
             selection = self.select(memory, h, keys)
             loss = selection.gates.new_zeros(())
-            if self.balance_weight > 0:
-                loss = self.balance_weight * load_balance_loss(selection, num_tokens=len(h))
+            if self.balance_weight > 0 and self.is_writing():
+                loss = self.balance_weight * load_balance_loss(selection, num_tokens=h.shape[-2])
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.write_grad):
                 heads = self.attend(selection, h, values)
-                is_finite = heads.detach().sum().isfinite()
+                is_finite = heads.detach().sum(dim=(-3, -2, -1), keepdim=True).isfinite()  # (..., 1, 1, 1)
                 heads = heads.where(is_finite, torch.nan)
                 new = self.update(memory, heads)
-        return MemoryWrite(new, loss, memory, heads.detach(), selection.lse.where(is_finite, -torch.inf))
+        return MemoryWrite(new, loss, memory, heads.detach(), selection.lse.where(is_finite.squeeze(-1), -torch.inf))
 
     def _project(self, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values (T, S*D) of the tokens (T, E); None where W_K and W_V can be folded into other products."""
+        """Keys and values (..., T, S*D) of the tokens; None where W_K and W_V can be folded into other products."""
         keys = None if is_plain(self.query, self.key) else self.key(h)
         return keys, None if is_plain(self.value) else self.value(h)
 
@@ -252,16 +266,20 @@ class GlobalWorkspace(nn.Module):
 
         Args:
             memory: (M, D), float32 or wider.
-            h: (T, E), the tokens of the whole batch.
-            keys: (T, S*D), or None to fold W_K into the queries.
+            h: (..., T, E), the tokens that compete.
+            keys: (..., T, S*D), or None to fold W_K into the queries.
         """
-        S, M, k = self.write_heads, len(memory), min(self.bottleneck, len(h))
+        S, M, k = self.write_heads, len(memory), min(self.bottleneck, h.shape[-2])
         if keys is None:
-            logits, tokens = top_logits(self.fold_queries(memory).flatten(0, 1), h, k)  # (S, M, E) -> (S*M, E)
-            logits, tokens = logits.unflatten(0, (S, M)), tokens.unflatten(0, (S, M))  # (S*M, k) -> (S, M, k)
+            queries = self.fold_queries(memory).flatten(0, 1)  # (S, M, E) -> (S*M, E)
+            logits, tokens = (top_logits if h.ndim == 2 else top_logits_per_image)(queries, h, k)
+            logits, tokens = (
+                logits.unflatten(-2, (S, M)),
+                tokens.unflatten(-2, (S, M)),
+            )  # (..., S*M, k) -> (..., S, M, k)
         else:
             queries = _call(self.query, memory).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
-            keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).permute(1, 2, 0)  # (T, S*D) -> (S, D, T)
+            keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).movedim(-3, -1)  # (..., T, S*D) -> (..., S, D, T)
             logits, tokens = (queries @ keys / math.sqrt(self.slot_dim)).topk(k, dim=-1, sorted=False)
         return Selection(logits.softmax(dim=-1), tokens, logits.detach().logsumexp(dim=-1))
 
@@ -276,68 +294,109 @@ class GlobalWorkspace(nn.Module):
         """What each head reads for each slot, ``sum_j g_j W_V h_j = W_V sum_j g_j h_j``.
 
         Args:
-            selection: (S, M, k).
-            h: (T, E).
-            values: (T, S*D), or None to sum the tokens first and to apply W_V to the sums.
+            selection: (..., S, M, k).
+            h: (..., T, E).
+            values: (..., T, S*D), or None to sum the tokens first and to apply W_V to the sums.
 
         Returns:
-            (S, M, D).
+            (..., S, M, D).
         """
-        gates, tokens, _ = selection
-        S, M, _ = gates.shape
+        sum_tokens = gather if h.ndim == 2 else gather_per_image
+        S, M, _ = selection.gates.shape[-3:]
+        gates, tokens = (
+            selection.gates.flatten(-3, -2),
+            selection.tokens.flatten(-3, -2),
+        )  # (..., S, M, k) -> (..., S*M, k)
         if values is not None:  # the tokens of head s stand in rows s*T to (s+1)*T of one table
-            table = values.to(gates.dtype).unflatten(-1, (S, -1)).transpose(0, 1).flatten(0, 1)  # (T, S*D) -> (S*T, D)
-            rows = tokens + len(h) * torch.arange(S, device=h.device).view(S, 1, 1)
-            return gather(gates.flatten(0, 1), rows.flatten(0, 1), table).unflatten(0, (S, M))  # (S*M, D) -> (S, M, D)
-        sums = gather(gates.flatten(0, 1).to(h.dtype), tokens.flatten(0, 1), h)  # (S, M, k) -> (S*M, k) -> (S*M, E)
+            table = values.to(gates.dtype).unflatten(-1, (S, -1)).transpose(-3, -2).flatten(-3, -2)  # (..., S*T, D)
+            rows = tokens + h.shape[-2] * torch.arange(S, device=h.device).repeat_interleave(M).unsqueeze(-1)
+            return sum_tokens(gates, rows, table).unflatten(-2, (S, M))  # (..., S*M, D) -> (..., S, M, D)
+        sums = sum_tokens(gates.to(h.dtype), tokens, h).to(gates.dtype).unflatten(-2, (S, M))  # (..., S, M, E)
         weight = self.value.weight.to(gates.dtype).unflatten(0, (S, -1))  # (S*D, E) -> (S, D, E)
-        return torch.matmul(sums.to(gates.dtype).unflatten(0, (S, M)), weight.transpose(1, 2))
+        return torch.matmul(sums, weight.transpose(1, 2))
 
     def update(self, memory: Tensor, heads: Tensor) -> Tensor:
         """Explicit memory: ``gamma <- normalise(decay gamma + (1 - decay) LN(W_O heads + gamma))``.
 
+        With ``write_rule='distinct'`` the heads are first centred over the slots, and the LayerNorm's rows get unit
+        length. Without the first, all slots receive the mean token and become one point. Without the second, a row of
+        length sqrt(D) replaces 39 % of a slot of length 1 where ``memory_decay`` says 10 %.
+
         Args:
             memory: (M, D) old memory.
-            heads: (S, M, D) what the heads have read.
+            heads: (..., S, M, D) what the heads have read.
 
         Returns:
-            (M, D) new memory of unit rows; the old one where ``heads`` is not finite.
+            (..., M, D) new memory of unit rows; the old one where ``heads`` is not finite.
         """
+        if self.write_rule == 'distinct' and self.num_slots > 1:
+            heads = heads - heads.mean(dim=-2, keepdim=True)
         # NOTE the authors concatenate the heads interleaved, (D, S); here W_O reads (S, D), as multi-head
         # attention does elsewhere. `convert.py` permutes their columns.
-        update = _call(self.proj, heads.transpose(0, 1).flatten(1))  # (S, M, D) -> (M, S*D) -> (M, D)
+        update = _call(self.proj, heads.transpose(-3, -2).flatten(-2))  # (..., S, M, D) -> (..., M, S*D) -> (..., M, D)
         update = _call(self.write_norm, update + memory)
-        new = F.normalize(torch.lerp(memory, update, 1 - self.memory_decay), dim=-1)
-        return torch.where(new.detach().sum().isfinite(), new, memory)
+        if self.write_rule == 'distinct':
+            update = F.normalize(update, dim=-1)
+        new = F.normalize(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay), dim=-1)
+        return torch.where(new.detach().sum(dim=(-2, -1), keepdim=True).isfinite(), new, memory)
+
+    def has_copies(self) -> bool:
+        """Whether every image writes and reads its own copy of the memory."""
+        return self.write_scope == 'image' and self.write_mode != 'never'
+
+    def copy_memory(self, h: Tensor) -> Tensor:
+        """The copies (B, M, D) that the images of the tokens ``h`` (B, N, E) write: :meth:`write` for TorchScript."""
+        S, memory = self.write_heads, self.memory.to(h.dtype)
+        queries = self.query(memory).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
+        keys = self.key(h).unflatten(-1, (S, -1)).permute(0, 2, 3, 1)  # (B, N, S*D) -> (B, S, D, N)
+        values = self.value(h).unflatten(-1, (S, -1)).transpose(1, 2)  # (B, N, S*D) -> (B, S, N, D)
+        logits = torch.matmul(queries, keys) / math.sqrt(self.slot_dim)
+        if self.bottleneck < h.shape[1]:
+            lowest = logits.topk(self.bottleneck, dim=-1)[0].amin(dim=-1, keepdim=True)
+            logits = logits.masked_fill(logits < lowest, -float('inf'))
+        heads = torch.matmul(logits.softmax(dim=-1), values)  # (B, S, M, D)
+        if self.write_rule == 'distinct' and self.num_slots > 1:
+            heads = heads - heads.mean(dim=-2, keepdim=True)
+        update = self.write_norm(self.proj(heads.transpose(1, 2).flatten(2)) + memory)  # (B, M, S*D) -> (B, M, D)
+        if self.write_rule == 'distinct':
+            update = F.normalize(update, dim=-1)
+        return F.normalize(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay), dim=-1)
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
-        """Retrieve from the memory (M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
-        return self.retrieval(h if self.scale is None else f, h, self.attractors(memory, h.dtype), self.scale)
+        """Retrieve from the memory (..., M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
+        base = h if self.retrieval_scale is None else f
+        return self.retrieval(base, h, self.attractors(memory, h.dtype), self.scale)
 
     def attractors(self, memory: Tensor, dtype: torch.dtype) -> Tensor:
-        """Linear transform ``a = W_LT gamma + b``: (M, D) -> (M, E), computed in ``dtype``."""
+        """Linear transform ``a = W_LT gamma + b``: (..., M, D) -> (..., M, E), computed in ``dtype``."""
         # Rows of unit length whatever is stored: a first random memory, or the mean of several (weight averaging).
         return self.linear_transform(F.normalize(memory, dim=-1).to(dtype))
 
-    def fuse(self) -> FusedWorkspace:
+    def fuse(self) -> nn.Module:
         """The layer for evaluation alone; timm's ``reparameterize_model`` puts it in the place of this one.
 
+        A layer whose images write copies in evaluation stays as it is.
+
         Raises:
-            ValueError: If the layer writes in evaluation too.
+            ValueError: If the layer changes its memory in evaluation too.
         """
-        return FusedWorkspace(self)
+        return self if self.has_copies() else FusedWorkspace(self)
 
     def store(self, write: MemoryWrite, x: Tensor) -> None:
         """Store the memory after a write of the tokens ``x``; the only place where the memory changes.
 
-        In distributed training it is the memory that one write of all ranks' tokens leaves.
+        In distributed training it is the memory that one write of all ranks' tokens leaves, or the mean of the copies
+        of all images on all ranks.
         """
         if getattr(self, '_is_replica', False):
             raise ValueError('DataParallel loses what its replicas write into the memory; use DistributedDataParallel')
         with torch.no_grad():
-            memory = (
-                self.update(write.before, merge_ranks(write.heads, write.lse)) if is_distributed() else write.memory
-            )
+            memory = write.memory
+            if self.has_copies():
+                memory = memory.sum(dim=0)  # its direction counts, its length does not
+                memory = F.normalize(sum_over_ranks(memory) if is_distributed() else memory, dim=-1)
+            elif is_distributed():
+                memory = self.update(write.before, merge_ranks(write.heads, write.lse))
             self.memory.copy_(memory)
         self.replay.note(write.before, write.balance_loss, x, is_automatic=self.adds_balance_loss())
 
@@ -361,10 +420,10 @@ class GlobalWorkspace(nn.Module):
         return self.memory.new_zeros(()) if loss is None else hand_out(loss)
 
     def reset_parameters(self) -> None:
-        """Start from random slots N(0, 1) as the authors do, of unit length only when read, and the initial scale."""
-        nn.init.normal_(self.memory)
+        """Start from random slots N(0, 1) as the authors do, or from orthogonal ones, and from the initial scale."""
+        (nn.init.orthogonal_ if self.write_rule == 'distinct' else nn.init.normal_)(self.memory)
         if self.scale is not None:
-            nn.init.constant_(self.scale, self.retrieval_scale or 0.0)
+            nn.init.constant_(self.scale, 1.0 if self.retrieval_scale is None else self.retrieval_scale)
 
     def init_weights(self) -> None:
         """Initialise what the paper adds to a feed-forward layer as the authors do: by PyTorch's defaults.
@@ -400,7 +459,8 @@ class GlobalWorkspace(nn.Module):
         return (
             f'slots=({self.num_slots}, {self.slot_dim}), write_heads={self.write_heads}, bottleneck={self.bottleneck}, '
             f'memory_decay={self.memory_decay:g}, balance_weight={self.balance_weight:g}, '
-            f'write_mode={self.write_mode!r}, write_grad={self.write_grad}'
+            f'write_mode={self.write_mode!r}, write_grad={self.write_grad}, write_rule={self.write_rule!r}, '
+            f'write_scope={self.write_scope!r}'
         )
 
 
@@ -411,35 +471,3 @@ def _call(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, nn.LayerNorm):
         return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
     return F.linear(x, layer.weight.to(x.dtype))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and low <= value <= high
-
-
-_COUNT = (_is_count, 'an integer of at least 1, got {!r}; leave it out for the default')
-# What each argument must be, and how an error says it.
-LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(('num_slots', 'slot_dim', 'write_heads', 'bottleneck', 'retrieval_steps'), _COUNT),
-    'beta': (
-        lambda x: _is_number(x, 0, math.inf) and 0 < x < math.inf,
-        'a finite number above 0, got {!r}; the paper uses 1.0',
-    ),
-    'memory_decay': (lambda x: _is_number(x, 0, 1), 'in [0, 1], got {!r}; the paper uses 0.9'),
-    'balance_weight': (
-        lambda x: _is_number(x, 0, math.inf) and x < math.inf,
-        'a finite number of at least 0, got {!r}; 0 turns it off',
-    ),
-    'write_mode': (lambda x: x in WRITE_MODES, f'one of {WRITE_MODES}, got {{!r}}'),
-}
-
-
-def _check_limits(layer: GlobalWorkspace) -> None:
-    for name, (is_allowed, expected) in LIMITS.items():
-        value = getattr(layer, name)
-        if not is_allowed(value):
-            raise ValueError(f'{name} must {"lie " if expected.startswith("in ") else "be "}{expected.format(value)}')

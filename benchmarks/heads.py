@@ -1,0 +1,136 @@
+"""How many tokens the heads of a trained ViT or AiT attend to (Figure 5 of the paper).
+
+    python benchmarks/heads.py DIR --model vit_base_patch16_224    # DIR/<class>/*.jpg, the model's own weights
+    python benchmarks/heads.py DIR --model ait_medium --checkpoint output/own/model_best.pth.tar --output heads.png
+
+For each head: the smallest share of the tokens that holds 90 % of the attention, a mean over queries and images. The
+paper sorts heads into three groups by it: at most 50 % of the tokens, under 80 %, and the rest.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from timm.utils import AttentionExtract
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import ImageFolder
+
+import timm_ait  # noqa: F401  registers the models
+
+MASS, LIMITS = 0.9, (0.5, 0.8)
+GROUPS = ('at most 50 %', 'under 80 %', 'the rest')
+COLOURS = ('tab:blue', 'tab:orange', 'tab:gray')
+
+
+def token_share(attention: Tensor, mass: float = MASS) -> Tensor:
+    """The smallest share of the tokens that holds ``mass`` of the attention, a mean over queries.
+
+    Args:
+        attention: (..., Q, N), rows that sum to one.
+        mass: In (0, 1].
+
+    Returns:
+        (...) in (0, 1].
+    """
+    held = attention.double().sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    # as many tokens as stay under the mass, and the one that reaches it; float32 attention is right to some 1e-7
+    counts = (held < mass - 1e-5).sum(dim=-1) + 1
+    return counts.double().mean(dim=-1) / attention.shape[-1]
+
+
+@torch.inference_mode()
+def head_shares(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Token share of each head, a mean over images: name of the attention -> (H,), from the first layer on.
+
+    Raises:
+        ValueError: For a model without attention that timm can extract.
+    """
+    model = copy.deepcopy(model)  # timm's hooks would stay
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, 'fused_attn')]
+    for module in modules:
+        module.fused_attn = False  # a fused attention never exists as a matrix
+    try:
+        extract = AttentionExtract(model, method='hook')
+    except RuntimeError as error:
+        raise ValueError(f'expected a model with attention (modules named attn_drop), got {type(model)}') from error
+    totals = dict.fromkeys(extract.names, torch.zeros(()))
+    num_images = 0
+    for images in batches:
+        attentions = extract(images)
+        for name in totals:
+            if name not in attentions or attentions[name].ndim != 4:
+                raise ValueError(f'expected attention of shape (B, heads, queries, tokens) at {name}, got none')
+            totals[name] = totals[name] + token_share(attentions[name]).sum(dim=0).cpu()  # (B, H) -> (H,)
+        num_images += len(images)
+    if num_images == 0:
+        raise ValueError('expected at least one image, got none')
+    return {name.removesuffix('.attn_drop'): total / num_images for name, total in totals.items()}
+
+
+def group(share: float) -> int:
+    """0 for at most 50 % of the tokens, 1 for under 80 %, 2 for the rest."""
+    return 0 if share <= LIMITS[0] else 1 if share < LIMITS[1] else 2
+
+
+def print_table(shares: dict[str, Tensor]) -> None:
+    """Print for each layer how many heads fall in each group, and the sums."""
+    print(
+        f'| layer | heads: {GROUPS[0]} | {GROUPS[1]} | {GROUPS[2]} | mean share of tokens, % |\n|---|---|---|---|---|'
+    )
+    rows = {**shares, 'all': torch.cat([*shares.values()])}
+    for name, layer in rows.items():
+        groups = [group(share) for share in layer.tolist()]
+        counts = ' | '.join(str(groups.count(i)) for i in range(3))
+        print(f'| {name} | {counts} | {100 * layer.mean():.1f} |')
+
+
+def draw(path: Path, shares: dict[str, Tensor], title: str) -> None:
+    """Draw a point a head, layer by layer, in the colour of its group."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(7, 0.5 * len(shares)), 4), layout='constrained')
+    axes = figure.subplots()
+    points = [(i, share) for i, layer in enumerate(shares.values()) for share in layer.tolist()]
+    for number, (name, colour) in enumerate(zip(GROUPS, COLOURS, strict=True)):
+        mine = [(i, 100 * share) for i, share in points if group(share) == number]
+        label = f'{name}: {len(mine)} heads'
+        axes.scatter([x for x, _ in mine], [y for _, y in mine], color=colour, alpha=0.7, label=label)
+    for limit in LIMITS:
+        axes.axhline(100 * limit, color='black', linestyle='--', linewidth=0.8)
+    axes.set(xlabel='layer', ylabel=f'tokens with {MASS:.0%} of the attention, %', ylim=(0, 102), title=title)
+    axes.set_xticks(range(len(shares)))
+    figure.legend(loc='outside lower center', ncols=3, frameon=False, fontsize='small')
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', help='of images, one folder a class')
+    parser.add_argument('--model', default='vit_base_patch16_224')
+    parser.add_argument('--checkpoint', default='', help="instead of the model's own weights")
+    parser.add_argument('--images', type=int, default=500, help='spread evenly over the folder')
+    parser.add_argument('--batch-size', type=int, default=20)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--output', type=Path, default=Path('heads.png'))
+    args = parser.parse_args(argv)
+    model = timm.create_model(args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint)
+    dataset = ImageFolder(args.folder, create_transform(**resolve_model_data_config(model)))
+    chosen = torch.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).long().tolist()
+    loader = DataLoader(Subset(dataset, chosen), args.batch_size)
+    try:
+        shares = head_shares(model.to(args.device), (images.to(args.device) for images, _ in loader))
+    except ValueError as error:
+        parser.error(str(error))
+    print_table(shares)
+    draw(args.output, shares, f'{args.model}, {len(chosen)} images')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,79 @@
+"""The script that says how many tokens a head attends to."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import heads
+
+
+def test_the_share_of_tokens_of_attention_made_by_hand() -> None:
+    one_token = torch.eye(10)
+    alike = torch.full((10, 10), 0.1)
+    last = torch.tensor([[0.05, 0.5, 0.0, 0.05, 0.4, 0.0, 0.0, 0.0, 0.0, 0.0]]).expand(10, 10)
+    first_half = torch.cat([one_token[:5], alike[:5]])  # half of the queries each
+    got = heads.token_share(torch.stack([one_token, alike, last, first_half]))
+    assert got.tolist() == pytest.approx([0.1, 0.9, 0.2, 0.5])
+    assert heads.token_share(alike, mass=0.31) == pytest.approx(0.4)
+
+
+def test_groups_change_at_their_limits() -> None:
+    assert [heads.group(share) for share in (0.01, 0.5, 0.501, 0.799, 0.8, 1.0)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(('name', 'tokens'), [('test_vit', 101), ('test_ait', 64)])
+def test_heads_without_preference_need_nine_tenths_of_the_tokens_and_sharp_ones_a_single_one(
+    name: str, tokens: int
+) -> None:
+    model = timm.create_model(name).train()
+    first, *_, last = model.blocks
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.zero_()  # all logits are 0
+        # the first head of the last layer: equal queries and keys, far from each other
+        width = last.attn.head_dim
+        start = model.embed_dim  # of the keys, after the queries
+        weight = 100 * torch.randn(width, model.embed_dim)
+        last.attn.qkv.weight[:width], last.attn.qkv.weight[start : start + width] = weight, weight
+    size = model.patch_embed.img_size
+    before = [buffer.clone() for buffer in model.buffers()]
+    batches = [torch.randn(2, 3, *size), torch.randn(1, 3, *size)]
+    shares = heads.head_shares(model, batches)
+    assert list(shares) == [f'blocks.{i}.attn' for i in range(len(model.blocks))]
+    even = -(-9 * tokens // 10) / tokens
+    for layer in list(shares.values())[:-1]:
+        assert layer.tolist() == pytest.approx([even] * first.attn.num_heads)
+    sharp, *others = shares[f'blocks.{len(model.blocks) - 1}.attn'].tolist()
+    assert sharp < 0.1
+    assert others == pytest.approx([even] * (first.attn.num_heads - 1))
+    assert model.training
+    assert first.attn.fused_attn
+    assert all(map(torch.equal, before, model.buffers()))  # looking writes no memory
+
+
+def test_a_model_without_attention_or_an_empty_folder_is_named() -> None:
+    with pytest.raises(ValueError, match='expected a model with attention'):
+        heads.head_shares(nn.Linear(2, 3), [])
+    with pytest.raises(ValueError, match='expected at least one image'):
+        heads.head_shares(timm.create_model('test_ait'), [])
+
+
+def test_it_prints_a_row_a_layer_and_draws_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for label in 'ab':
+        (tmp_path / label).mkdir()
+        for i in range(3):
+            to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / label / f'{i}.png')
+    picture = tmp_path / 'heads.png'
+    heads.main([str(tmp_path), '--model', 'test_ait', '--images', '5', '--batch-size', '2', '--output', str(picture)])
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    model = timm.create_model('test_ait')
+    assert [row[0] for row in rows] == [*(f'blocks.{i}.attn' for i in range(len(model.blocks))), 'all']
+    assert all(sum(map(int, row[1:4])) == 4 for row in rows[:-1])
+    assert [int(x) for x in rows[-1][1:4]] == [sum(int(row[i]) for row in rows[:-1]) for i in (1, 2, 3)]
+    assert picture.read_bytes().startswith(b'\x89PNG')

@@ -1,0 +1,290 @@
+"""Which factor the balance loss gets, for losses written in many ways. One number stands in for the balance loss."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.loss import AsymmetricLossMultiLabel, BinaryCrossEntropy, JsdCrossEntropy
+from torch import Tensor, nn
+
+from timm_ait import balance
+from timm_ait.balance import TrackedTensor, attach, track
+
+B, C = 6, 5
+torch.manual_seed(0)
+Y, WEIGHTS = torch.randint(0, C, (B,)), torch.linspace(0.5, 2, B)
+ONE_HOT = F.one_hot(Y, C).float()
+SCALE, COUNT = torch.tensor(1024.0), torch.tensor(4 * B)
+ce = partial(F.cross_entropy, target=Y)
+
+
+def z(x: Tensor) -> Tensor:
+    return x.logsumexp(-1).square().mean()
+
+
+class Model:
+    """Logits (B, C) that carry a balance loss of one number."""
+
+    def __init__(self) -> None:
+        self.weight = nn.Parameter(torch.randn(B, C))
+        self.balance = nn.Parameter(torch.zeros(()))
+
+    def __call__(self) -> Tensor:
+        return track(attach(self.weight * 2, self.balance * 1))
+
+    def factor(self) -> float:
+        return 0.0 if self.balance.grad is None else self.balance.grad.item()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    balance._pending.clear()
+    yield
+    assert not balance._passes, 'a backward pass was not forgotten at its end'
+
+
+def factor_of(loss: Callable[[Tensor], Tensor]) -> float:
+    model = Model()
+    loss(model()).backward()
+    return model.factor()
+
+
+class Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.square().mean()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad * torch.ones(B, C)
+
+
+def accumulated(x: Tensor) -> Tensor:
+    total = torch.zeros(())
+    total += ce(x)
+    return total
+
+
+def in_place(x: Tensor) -> Tensor:
+    loss = ce(x)
+    loss /= 4
+    return loss
+
+
+def in_place_as_statement(x: Tensor) -> Tensor:
+    loss = ce(x)
+    loss.div_(4).mul_(8)
+    return loss
+
+
+def into_buffer(x: Tensor) -> Tensor:
+    losses = torch.zeros(2)
+    losses[0], losses[1] = ce(x), z(x)
+    return losses.sum()
+
+
+ONE: dict[str, Callable[[Tensor], Tensor]] = {
+    'a mean': ce,
+    'a sum': lambda x: ce(x, reduction='sum'),
+    'a sum divided by the samples': lambda x: ce(x, reduction='sum') / B,
+    'a sum times one over the samples': lambda x: ce(x, reduction='sum') * (1 / B),
+    'a sum divided by its elements': lambda x: x.square().sum() / (B * C),
+    'a sum divided by the number of positives': lambda x: (
+        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / 7
+    ),
+    'a weighted mean': lambda x: (WEIGHTS * ce(x, reduction='none')).sum() / WEIGHTS.sum(),
+    'a masked mean': lambda x: (ce(x, reduction='none') * (WEIGHTS > 1)).sum() / (WEIGHTS > 1).sum(),
+    'the two sides of CLIP': lambda x: (ce(x) + ce(x.flip(0))) / 2,
+    'the two sides of CLIP, each halved': lambda x: ce(x) / 2 + ce(x.flip(0)) / 2,
+    'SigLIP': lambda x: -F.logsigmoid(x * (2 * ONE_HOT - 1)).sum() / B,
+    'samples in a loop': lambda x: sum(F.cross_entropy(x[i], Y[i]) for i in range(B)) / B,
+    'mixup of two losses': lambda x: 0.3 * ce(x) + 0.7 * ce(x.flip(0)),
+    'task and distillation': lambda x: 0.3 * ce(x) + 0.7 * z(x),
+    'task and a small penalty': lambda x: ce(x) + 0.01 * z(x),
+    'task and a large weight': lambda x: 10 * ce(x) + z(x),
+    'two heads': lambda x: ce(x) + 0.4 * ce(x.flip(0)),
+    'a stack of two': lambda x: torch.stack([ce(x), ce(x.flip(0))]).mean(),
+    'negative mean of logs': lambda x: -x.log_softmax(-1).gather(1, Y[:, None]).mean(),
+    'times minus one': lambda x: -1 * x.log_softmax(-1).gather(1, Y[:, None]).mean(),
+    'times minus one as a tensor': lambda x: torch.tensor(-1.0) * x.log_softmax(-1).gather(1, Y[:, None]).mean(),
+    'times minus one by keyword': lambda x: torch.mul(input=x.log_softmax(-1).gather(1, Y[:, None]).mean(), other=-1),
+    'one minus': lambda x: 1 - x.softmax(-1).gather(1, Y[:, None]).mean(),
+    'shape (1, 1)': lambda x: ce(x, reduction='none')[:, None].mean((0, 1), keepdim=True),
+    'a learned weight': lambda x: ce(x) * torch.ones((), requires_grad=True) + 1,
+    'a custom function': Custom.apply,
+    'added to a tensor in place': accumulated,
+    'written into a tensor': into_buffer,
+    'a parameter norm added': lambda x: ce(x) + torch.ones(3, requires_grad=True).square().sum(),
+    'logits changed in place': lambda x: ce(x.div_(4.0)),
+    'a temperature': lambda x: ce(x / 4),
+    'timm, asymmetric': lambda x: AsymmetricLossMultiLabel()(x, ONE_HOT),
+    'timm, binary, classes summed': lambda x: BinaryCrossEntropy(sum_classes=True)(x, Y),
+    'timm, jsd': lambda x: JsdCrossEntropy(num_splits=3)(x, Y),
+}
+SCALED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    'accumulation': (lambda x: ce(x) / 4, 1 / 4),
+    'accumulation in place': (in_place, 1 / 4),
+    'in place as a statement': (in_place_as_statement, 2.0),
+    'accumulation of each term': (lambda x: ce(x) / 4 + z(x) / 4, 1 / 4),
+    'accumulation of the sum': (lambda x: (ce(x) + z(x)) / 4, 1 / 4),
+    'accumulation over 2, each term': (lambda x: ce(x) / 2 + z(x) / 2, 1 / 2),
+    'accumulation over 2, the sum': (lambda x: (ce(x) + z(x)) / 2, 1 / 2),
+    'accumulation of distillation': (lambda x: (0.3 * ce(x) + 0.7 * z(x)) / 4, 1 / 4),
+    'accumulation of the two sides of CLIP': (lambda x: (ce(x) + ce(x.flip(0))) / 2 / 4, 1 / 4),
+    'accumulation of a sum': (lambda x: ce(x, reduction='sum') / B / 4, 1 / 4),
+    'accumulation of a sum, at once': (lambda x: ce(x, reduction='sum') / (4 * B), 1 / 4),
+    'accumulation of a sum, by a count of all items': (lambda x: ce(x, reduction='sum') / COUNT, 1 / 4),
+    'a scaler': (lambda x: ce(x) * SCALE, 1024),
+    'a scaler on each term': (lambda x: ce(x) * SCALE + z(x) * SCALE, 1024),
+    'a scaler on distillation': (lambda x: (0.3 * ce(x) + 0.7 * z(x)) * SCALE, 1024),
+    'a scaler as a number': (lambda x: ce(x) * 1024 + z(x) * 1024, 1024),
+    'accumulation and a scaler': (lambda x: ce(x) / 4 * SCALE, 256),
+    'a stack, summed': (lambda x: torch.stack([ce(x) / 4, z(x) / 4]).sum(), 1 / 4),
+    'a loss added to a scaled tensor in place': (lambda x: torch.zeros(()).add_(ce(x)) / 4, 1 / 4),
+    'a constant taken off': (lambda x: ce(x) / 4 - 0.5, 1 / 4),
+    'nothing': (lambda x: 0 * ce(x), 0),
+}
+
+
+@pytest.mark.parametrize('loss', ONE.values(), ids=ONE)
+def test_a_loss_counts_once_however_it_is_written(loss: Callable[[Tensor], Tensor]) -> None:
+    assert factor_of(loss) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(('loss', 'expected'), SCALED.values(), ids=SCALED)
+def test_the_scale_of_the_loop_is_followed(loss: Callable[[Tensor], Tensor], expected: float) -> None:
+    assert factor_of(loss) == pytest.approx(expected)
+
+
+def test_a_vector_and_a_cached_gradient_count_once() -> None:
+    for start in (lambda x: ce(x, reduction='none').backward(WEIGHTS), lambda x: x.backward(ONE_HOT)):
+        model = Model()
+        start(model())
+        assert model.factor() == pytest.approx(1)
+
+
+def test_an_operation_runs_once_with_all_its_effects() -> None:
+    model = Model()
+    loss, total = ce(model()), torch.zeros(())
+    total += loss
+    assert total.item() == loss.item()
+    buffer = torch.ones(())
+    buffer.add_(ce(model()))
+    assert buffer.item() == pytest.approx(1 + loss.item())
+    calls: list[int] = []
+    model().mean().register_hook(lambda grad: calls.append(1))
+    (model() * torch.rand(B, C)).sum().backward()
+    assert not calls
+
+
+def test_two_losses_with_a_backward_pass_each_count_once_in_all() -> None:
+    model = Model()
+    x = model()
+    ce(x).backward(retain_graph=True)
+    z(x).backward()
+    assert model.factor() == pytest.approx(1)
+
+
+def test_two_losses_in_one_backward_pass_count_once() -> None:
+    model = Model()
+    x = model()
+    torch.autograd.backward([ce(x), z(x)])
+    assert model.factor() == pytest.approx(1)
+
+
+def test_gradients_of_each_task_sum_to_one_balance_loss() -> None:
+    model = Model()
+    x = model()
+    gradients = [
+        torch.autograd.grad(loss, [model.balance, model.weight], retain_graph=True)[0]
+        for loss in (ce(x), z(x), x.abs().mean())
+    ]
+    assert sum(gradients).item() == pytest.approx(1)
+
+
+def test_gradients_of_a_term_that_are_only_looked_at_take_nothing_from_the_sum() -> None:
+    model = Model()
+    x = model()
+    first, second = ce(x), z(x)
+    torch.autograd.grad(first, [model.weight, model.balance], retain_graph=True)
+    (first + second).backward()
+    assert model.factor() == pytest.approx(1)
+
+
+def test_the_same_loss_twice_counts_twice_as_it_does_itself() -> None:
+    model = Model()
+    loss = ce(model())
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert model.factor() == pytest.approx(2)
+
+
+def test_every_forward_of_one_loss_counts() -> None:
+    model = Model()
+    sum(ce(model()) / 2 for _ in range(2)).backward()
+    assert model.factor() == pytest.approx(2 / 2)
+
+
+def test_gradients_of_inputs_alone_are_those_of_the_loss_alone() -> None:
+    inputs, model = torch.randn(B, C, requires_grad=True), Model()
+
+    def output() -> Tensor:
+        return track(attach(model.weight * inputs, model.balance + inputs.sum()))
+
+    (grad,) = torch.autograd.grad(ce(output()), inputs)
+    (expected,) = torch.autograd.grad(ce(model.weight * inputs), inputs)
+    torch.testing.assert_close(grad, expected)
+    ce(output()).backward()  # asks for the parameters too
+    torch.testing.assert_close(inputs.grad, expected + 1)
+    assert model.factor() == pytest.approx(1)
+
+
+def test_whoever_adds_the_balance_loss_himself_gets_it_once() -> None:
+    model = Model()
+    loss = model.balance * 1
+    x = track(attach(model.weight * 2, loss))
+    (ce(x) + 3 * balance.hand_out(loss)).backward()
+    assert model.factor() == pytest.approx(3)
+
+
+def test_a_second_pass_that_cannot_be_followed_is_told_at_the_next_forward() -> None:
+    model = Model()
+    x = model()
+    x.backward(ONE_HOT, retain_graph=True)
+    x.backward(ONE_HOT)
+    assert model.factor() == pytest.approx(1)
+    with pytest.warns(
+        UserWarning, match=r'in the first pass alone\. To choose yourself, set model\.auto_balance = Fal'
+    ):
+        model()
+
+
+def test_a_scale_that_cannot_be_followed_is_told_where_a_scaler_is_likely() -> None:
+    model = Model()
+    with torch.autocast('cpu', torch.float16):
+        x = model()
+    x.float().backward(ONE_HOT)
+    with pytest.warns(UserWarning, match='took 1 for the scale of its balance loss'):
+        model()
+
+
+def test_a_backward_pass_that_fails_leaves_nothing_behind() -> None:
+    model = Model()
+    x = model()
+    x.register_hook(lambda grad: (_ for _ in ()).throw(RuntimeError('broken')))
+    with pytest.raises(RuntimeError, match='broken'):
+        (ce(x) / 4).backward()
+    other = Model()
+    other().backward(ONE_HOT)
+    assert other.factor() == pytest.approx(1)
+
+
+def test_the_numbers_that_a_user_sees_are_ordinary() -> None:
+    x = Model()()
+    assert type(x) is TrackedTensor
+    assert type(x.detach()) is type(x.argmax(-1)) is Tensor
+    assert 'Tracked' not in repr(x)
+    assert x.T.shape == (C, B)
+    assert type(x.T) is TrackedTensor

@@ -1,0 +1,383 @@
+"""What training stacks do to a model: other outputs, compilers, checkpoints, adapters, frozen parts."""
+
+import ast
+import copy
+import gc
+import importlib
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from timm.task import FeatureDistillationTask
+from timm.utils import freeze
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+from torchvision import tv_tensors
+
+import timm_ait
+from timm_ait import AssociativeTransformer, GlobalWorkspace
+
+B, CLASSES = 6, 7
+Step = Callable[[AssociativeTransformer, Tensor], Tensor]
+
+torch.manual_seed(0)
+IMAGES, TARGET = torch.randn(B, 3, 32, 32), torch.randint(0, CLASSES, (B,))
+
+
+def make_model(**kwargs: Any) -> AssociativeTransformer:
+    torch.manual_seed(1)
+    args = dict(num_classes=CLASSES, depth=2, embed_dim=32, num_heads=2, bottleneck=11, balance_weight=0.1)
+    return timm.create_model('test_ait', **dict(args, **kwargs)).train()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def memories(model: nn.Module) -> list[Tensor]:
+    return [module.memory.clone() for module in model.modules() if isinstance(module, GlobalWorkspace)]
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(((a[k] - b[k]).norm() / b[k].norm().clamp_min(1e-12)).item() for k in b)
+
+
+def assert_like_the_sum(step: Step, scale: float = 1.0, bound: float = 1e-5, **kwargs: Any) -> None:
+    """The gradients of ``step`` are those of its loss plus the balance loss, times ``scale`` where it scales."""
+    model = make_model(**kwargs)
+    by_hand, alone = copy.deepcopy(model), copy.deepcopy(model)
+    step(model, IMAGES).backward()
+    by_hand.auto_balance = alone.auto_balance = False
+    loss = step(by_hand, IMAGES)
+    (loss + scale * by_hand.balance_loss()).backward()
+    assert distance(gradients(model), gradients(by_hand)) < bound
+    step(alone, IMAGES).backward()
+    summed = gradients(by_hand)
+    bare = {key: gradients(alone).get(key, torch.zeros_like(value)) for key, value in summed.items()}
+    assert distance(bare, summed) > 1e-3, 'without the mechanism the gradients differ'
+
+
+# Other outputs than logits
+
+
+def distilled(model: AssociativeTransformer, x: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    task = FeatureDistillationTask(model, make_model().eval(), criterion=nn.CrossEntropyLoss(), verbose=False)
+    return task.train()(x, TARGET)['loss']
+
+
+OUTPUTS: dict[str, Step] = {
+    'logits': lambda m, x: F.cross_entropy(m(x), TARGET),
+    'features and head': lambda m, x: F.cross_entropy(m.forward_head(m.forward_features(x)), TARGET),
+    'features': lambda m, x: m.forward_features(x).square().mean(),
+    'the last of the intermediates': lambda m, x: m.forward_intermediates(x)[0].square().mean(),
+    'all intermediates': lambda m, x: sum(
+        y.square().mean() for y in m.forward_intermediates(x, intermediates_only=True)
+    ),
+    'blocks called one by one': lambda m, x: m.blocks(m.patch_embed(x)).square().mean(),
+    'feature distillation of timm': distilled,
+}
+
+
+@pytest.mark.parametrize('step', OUTPUTS.values(), ids=OUTPUTS)
+def test_any_output_brings_the_balance_loss(step: Step) -> None:
+    assert_like_the_sum(step)
+
+
+@pytest.mark.parametrize('name', ['features and head', 'all intermediates', 'feature distillation of timm'])
+def test_any_output_follows_the_scale_of_the_loop(name: str) -> None:
+    assert_like_the_sum(lambda m, x: OUTPUTS[name](m, x) / 4, scale=1 / 4)
+
+
+def test_features_only_brings_the_balance_loss() -> None:
+    args = dict(features_only=True, out_indices=(0, 1), depth=2, embed_dim=32, num_heads=2, balance_weight=0.1)
+    results = []
+    for is_by_hand in (False, True):
+        torch.manual_seed(1)
+        features = timm.create_model('test_ait', **args).train()
+        features.model.auto_balance = not is_by_hand
+        loss = sum(y.square().mean() for y in features(IMAGES)) / 4
+        (loss + features.model.balance_loss() / 4 if is_by_hand else loss).backward()
+        results.append(gradients(features))
+    assert distance(*results) < 1e-5
+
+
+def test_a_workspace_in_another_model_brings_its_balance_loss() -> None:
+    torch.manual_seed(1)
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES,
+        mlp_layer=partial(GlobalWorkspace, num_slots=5, slot_dim=3, write_heads=2, bottleneck=11, balance_weight=0.1),
+    )  # fmt: skip
+    twin = copy.deepcopy(vit)
+    F.cross_entropy(vit(IMAGES), TARGET).backward()
+    layers = [block.mlp for block in twin.blocks]
+    loss = F.cross_entropy(twin(IMAGES), TARGET)
+    (loss + sum(layer.balance_loss() for layer in layers)).backward()  # by hand: counted once, not twice
+    assert distance(gradients(vit), gradients(twin)) < 1e-5
+
+
+class Annotated(Tensor):
+    """Images as fastai and MONAI have them: a subclass that copies itself to every result."""
+
+
+@pytest.mark.parametrize('wrap', [lambda x: x.as_subclass(Annotated), tv_tensors.Image], ids=['subclass', 'tv_tensors'])
+def test_images_of_a_tensor_subclass_bring_the_balance_loss(wrap: Callable[[Tensor], Tensor]) -> None:
+    assert_like_the_sum(lambda m, x: F.cross_entropy(m(wrap(x)), TARGET) / 4, scale=1 / 4)
+
+
+# Compilers
+
+
+def compiled(what: str, backend: str) -> Step:
+    ce = nn.CrossEntropyLoss()
+    fullgraph = partial(torch.compile, backend=backend, fullgraph=True)
+
+    def step(model: AssociativeTransformer, x: Tensor) -> Tensor:
+        torch._dynamo.reset()
+        if what == 'model':
+            return ce(fullgraph(model)(x), TARGET) / 4
+        if what == 'criterion':
+            return fullgraph(ce)(model(x), TARGET) / 4
+        return fullgraph(lambda x, y: ce(model(x), y))(x, TARGET) / 4
+
+    return step
+
+
+# PyTorch's compiler asks every tensor that enters a graph for its grad, and hides the warning, but not as an error.
+@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning')
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager', 'inductor'])
+@pytest.mark.parametrize('what', ['model', 'criterion', 'step'])
+def test_compiled_as_one_graph_the_gradients_follow_the_scale_of_the_loop(what: str, backend: str) -> None:
+    assert_like_the_sum(compiled(what, backend), scale=1 / 4, bound=1e-4)
+
+
+# Gradient checkpointing from outside
+
+
+def run_checkpointed(wrap: Callable[[nn.Module, Tensor], Tensor], forwards: int) -> tuple[Any, Any]:
+    model = make_model().double()
+    torch.manual_seed(5)
+    batches = [torch.randn(B, 3, 32, 32).double().requires_grad_() for _ in range(forwards)]
+    sum(F.cross_entropy(wrap(model, x), TARGET) for x in batches).backward()
+    return gradients(model), memories(model)
+
+
+WRAPPED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    'its own': lambda m, x: (m.set_grad_checkpointing(), m(x))[1],
+    'around the model': lambda m, x: checkpoint(m, x, use_reentrant=False),
+    'around the model, reentrant': lambda m, x: checkpoint(m, x, use_reentrant=True),
+    'around each block': lambda m, x: m.forward_head(
+        checkpoint(m.blocks[1], checkpoint(m.blocks[0], m.patch_embed(x), use_reentrant=False), use_reentrant=False)
+    ),
+}
+
+
+@pytest.mark.parametrize('forwards', [1, 3])
+@pytest.mark.parametrize('wrap', WRAPPED.values(), ids=WRAPPED)
+def test_checkpointing_from_outside_writes_once_and_changes_nothing(
+    wrap: Callable[[nn.Module, Tensor], Tensor], forwards: int
+) -> None:
+    expected, expected_memories = run_checkpointed(lambda m, x: m(x), forwards)
+    found, found_memories = run_checkpointed(wrap, forwards)
+    assert distance(found, expected) < 1e-9
+    torch.testing.assert_close(found_memories, expected_memories, rtol=0, atol=1e-12)
+
+
+# Functions of functions
+
+
+def test_torch_func_grad_in_training_mode_gives_the_gradients_of_backward() -> None:
+    model = make_model()
+    params, buffers = dict(model.named_parameters()), {k: v.clone() for k, v in model.named_buffers()}
+
+    def loss(params: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(model, (params, buffers), (IMAGES,)), TARGET)
+
+    found = grad(loss)(params, buffers)
+    F.cross_entropy(model(IMAGES), TARGET).backward()
+    assert distance(found, gradients(model)) < 1e-5
+
+
+def test_a_gradient_penalty_in_training_mode_holds_no_balance_loss() -> None:
+    def penalty(model: AssociativeTransformer) -> Tensor:
+        x = IMAGES.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    model, twin = make_model(), make_model()
+    twin.auto_balance = False
+    assert penalty(model).item() == pytest.approx(penalty(twin).item(), rel=1e-5)
+
+
+# Layers that somebody has changed
+
+
+class Adapter(nn.Module):
+    """A layer with a low-rank addition, as adapters have it."""
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, scale: float) -> None:
+        super().__init__()
+        self.base, self.weight = base, base.weight  # as adapters show the weight of their base
+        self.extra = copy.deepcopy(base)
+        nn.init.normal_(self.extra.weight, std=0.2)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra = self.extra(x) if self.extra.bias is None else self.extra(x) - self.extra(torch.zeros_like(x))
+        return self.base(x) + self.scale * extra
+
+
+def adapt(model: AssociativeTransformer, scale: float) -> AssociativeTransformer:
+    torch.manual_seed(2)
+    for block in model.blocks:
+        for name in ('query', 'key', 'value', 'proj', 'linear_transform'):
+            setattr(block.mlp, name, Adapter(getattr(block.mlp, name), scale))
+    model.patch_embed.proj = Adapter(model.patch_embed.proj, scale)
+    return model
+
+
+def test_a_layer_that_is_called_computes_what_the_formula_reads_from_a_plain_one() -> None:
+    plain, called = make_model(), adapt(make_model(), scale=0.0)
+    torch.testing.assert_close(called(IMAGES).detach(), plain(IMAGES).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(memories(called), memories(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(called.balance_loss().detach(), plain.balance_loss().detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_every_adapter_acts_and_gets_a_gradient() -> None:
+    model = adapt(make_model(), scale=1.0)
+    weak = adapt(make_model(), scale=0.5)
+    assert not torch.allclose(model(IMAGES), weak(IMAGES), atol=1e-2)
+    assert not torch.allclose(memories(model)[0], memories(weak)[0], atol=1e-3)
+    F.cross_entropy(model(IMAGES), TARGET).backward()
+    without = [name for name, p in model.named_parameters() if 'extra.weight' in name and not p.grad.abs().max() > 0]
+    assert not without
+
+
+def test_a_hook_on_a_layer_of_the_write_runs_and_counts() -> None:
+    layer, x = make_model().blocks[0].mlp, torch.randn(2, 11, 32)
+    twin, seen = copy.deepcopy(layer), []
+    twin.value.register_forward_hook(lambda module, args, out: seen.append(1) or 2 * out)
+    layer.value.weight.data *= 2
+    layer(x)
+    twin(x)
+    assert seen == [1]
+    torch.testing.assert_close(twin.memory, layer.memory, rtol=1e-4, atol=1e-5)
+
+
+def test_a_parametrised_layer_of_the_write_counts() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    layer, x = make_model().blocks[0].mlp, torch.randn(2, 11, 32)
+    twin = copy.deepcopy(layer)
+    parametrize.register_parametrization(twin.key, 'weight', Doubled())
+    layer.key.weight.data *= 2
+    layer(x)
+    twin(x)
+    torch.testing.assert_close(twin.memory, layer.memory, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.ao.quantization is deprecated:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.*quantized tensor.*:UserWarning')
+def test_a_dynamically_quantised_model_answers_nearly_alike() -> None:
+    model = timm.create_model('test_ait', pretrained=True).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    with torch.no_grad():
+        expected, found = model(IMAGES), quantised(IMAGES)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
+# Memory of the machine, and frozen parts
+
+
+def test_the_graph_of_a_forward_goes_with_its_output() -> None:
+    model = make_model()
+    kept: list[Any] = []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: kept.append(weakref.ref(out)))
+    output = model(IMAGES)
+    assert model.balance_loss().requires_grad
+    value = model.balance_loss().item()
+    del output
+    gc.collect()
+    assert kept[0]() is None
+    assert not model.balance_loss().requires_grad
+    assert model.balance_loss().item() == value
+
+
+def test_without_the_mechanism_the_balance_loss_outlives_the_output() -> None:
+    model = make_model()
+    model.auto_balance = False
+    model(IMAGES)
+    model.balance_loss().backward()
+    assert model.blocks[0].mlp.query.weight.grad.abs().max() > 0
+
+
+def test_a_frozen_model_writes_nothing_in_training_mode_and_a_part_of_it_does() -> None:
+    model = make_model()
+    before = memories(model)
+    freeze(model)
+    model(IMAGES)
+    assert all(map(torch.equal, memories(model), before))
+    model.blocks[1].mlp.fc1.requires_grad_(True)
+    model(IMAGES)
+    assert torch.equal(memories(model)[0], before[0])
+    assert not torch.equal(memories(model)[1], before[1])
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    model = make_model()
+    model.blocks[0].mlp._is_replica = True  # as torch.nn.parallel.replicate marks its copies
+    with pytest.raises(ValueError, match='use DistributedDataParallel'):
+        model(IMAGES)
+
+
+# Private names of PyTorch: which file needs them
+
+PRIVATE = {
+    'torch._C._current_graph_task_id': 'balance.py: the number of the running backward pass',
+    'torch._C._will_engine_execute_node': 'balance.py: whether a pass computes the gradient of a parameter',
+    'torch._C.DisableTorchFunctionSubclass': 'balance.py: operations on what is inside a tracked tensor',
+    'torch.autograd.Variable._execution_engine.queue_callback': 'balance.py: the end of a backward pass',
+    'torch.utils._pytree.tree_map': 'balance.py: outputs in lists and dicts',
+    'torch.utils._pytree.tree_leaves': 'balance.py: arguments in lists and dicts',
+    'torch.compiler._is_exporting_flag': 'transformer.py: outputs stay plain while a model is exported',
+    'torch.ops.aten._embedding_bag_per_sample_weights_backward': 'selection.py: gradient of the gates on a CPU',
+    'torch.nn.Module._forward_hooks': 'layers.py: whether somebody has changed a layer',
+}
+
+
+@pytest.mark.parametrize('name', PRIVATE)
+def test_a_private_name_of_pytorch_is_still_there(name: str) -> None:
+    place: Any = torch
+    for part in name.split('.')[1:]:
+        if place is nn.Module:
+            place = nn.Module()
+        assert hasattr(place, part), f'{name} is gone; it is needed in {PRIVATE[name]}'
+        place = getattr(place, part)
+
+
+def test_no_other_private_name_of_pytorch_is_used() -> None:
+    known = {part for name in PRIVATE for part in name.split('.') if part.startswith('_')}
+    known |= {'_apply', '_backward_hooks', '_forward_pre_hooks', '_backward_pre_hooks', '__torch_dispatch__'}
+    found = set()
+    for path in Path(timm_ait.__file__).parent.glob('*.py'):
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        defined = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr.startswith('_') and not node.attr.startswith('__'):
+                names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                if names & {'torch', 'Variable', 'layer'} and node.attr not in defined:
+                    found.add(node.attr)
+    assert found <= known | {'_is_exporting_flag'}, found - known
+    assert importlib.import_module('torch')

@@ -1,0 +1,55 @@
+"""The keywords of a workspace, and what each of them may be."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ['WORKSPACE_ARGS', 'check_limits']
+
+# A model takes them for all its blocks.
+WORKSPACE_ARGS = (
+    *('num_slots', 'slot_dim', 'write_heads', 'bottleneck', 'beta', 'memory_decay', 'balance_weight'),
+    *('retrieval_steps', 'write_mode', 'write_grad', 'write_rule', 'write_scope', 'retrieval_scale'),
+)
+WRITE_MODES = ('train', 'always', 'never')
+WRITE_RULES = ('published', 'distinct')
+WRITE_SCOPES = ('batch', 'image')
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and low <= value <= high
+
+
+_COUNT = (_is_count, 'an integer of at least 1, got {!r}; leave it out for the default')
+# What each argument must be, and how an error says it.
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(('num_slots', 'slot_dim', 'write_heads', 'bottleneck', 'retrieval_steps'), _COUNT),
+    'beta': (
+        lambda x: _is_number(x, 0, math.inf) and 0 < x < math.inf,
+        'a finite number above 0, got {!r}; the paper uses 1.0',
+    ),
+    'memory_decay': (lambda x: _is_number(x, 0, 1), 'in [0, 1], got {!r}; the paper uses 0.9'),
+    'balance_weight': (
+        lambda x: _is_number(x, 0, math.inf) and x < math.inf,
+        'a finite number of at least 0, got {!r}; 0 turns it off',
+    ),
+    'write_mode': (lambda x: x in WRITE_MODES, f'one of {WRITE_MODES}, got {{!r}}'),
+    'write_rule': (lambda x: x in WRITE_RULES, f'one of {WRITE_RULES}, got {{!r}}'),
+    'write_scope': (lambda x: x in WRITE_SCOPES, f'one of {WRITE_SCOPES}, got {{!r}}'),
+}
+
+
+def check_limits(layer: Any) -> None:
+    """Check the attributes of a layer that are named as the keywords.
+
+    Raises:
+        ValueError: With what was expected and what came.
+    """
+    for name, (is_allowed, expected) in LIMITS.items():
+        value = getattr(layer, name)
+        if not is_allowed(value):
+            raise ValueError(f'{name} must {"lie " if expected.startswith("in ") else "be "}{expected.format(value)}')
