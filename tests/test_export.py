@@ -209,6 +209,21 @@ def test_a_training_model_that_never_writes_can_be_exported() -> None:
     assert_agrees(torch.export.export(model, (images(),)).module(), model, [TRACED])
 
 
+@pytest.mark.parametrize('exporter', ['export', 'script', 'onnx'])
+def test_images_that_write_copies_of_the_memory_are_exported_with_their_copies(exporter: str, tmp_path: Path) -> None:
+    model = make_model(depth=1, write_scope='image', write_rule='distinct').eval()
+    before = memories(model)
+    if exporter == 'export':
+        assert_agrees(torch.export.export(model, (images(),), dynamic_shapes=({0: BATCH},)).module(), model)
+    elif exporter == 'script':
+        assert_agrees(torch.jit.script(model), model)
+    else:
+        pytest.importorskip('onnx')
+        to_onnx(model, tmp_path / 'model.onnx', dynamo=True)
+        assert_agrees(onnx_runner(tmp_path / 'model.onnx'), model)
+    assert all(map(torch.equal, memories(model), before))
+
+
 # Eight bits
 
 
