@@ -570,17 +570,6 @@ def test_weights_for_three_channels_serve_others(layout: str, channels: int, tmp
 
 
 @LAYOUTS
-@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
-def test_torchscript_classifies_alike_and_leaves_the_memory(layout: str) -> None:
-    model, x = make_model(layout).eval(), images()
-    scripted = torch.jit.script(model)
-    torch.testing.assert_close(scripted(x), model(x))
-    before = memories(model)
-    scripted.train()(x)
-    assert all(map(torch.equal, memories(model), before))
-
-
-@LAYOUTS
 def test_fx_traces_the_same_function(layout: str) -> None:
     model, x = make_model(layout).eval(), images()
     tracer = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
@@ -593,15 +582,6 @@ def test_fx_traces_the_same_function(layout: str) -> None:
     (logits,) = traced.train()(x).values()
     F.cross_entropy(logits, torch.arange(3)).backward()
     assert all(p.grad is not None for p in traced.parameters())
-
-
-@LAYOUTS
-def test_export_gives_the_same_logits_for_any_batch(layout: str) -> None:
-    model, x = make_model(layout).eval(), images()
-    batch = torch.export.Dim('batch', min=1, max=64)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
-    for part in (x, x[:1], images(7)):
-        torch.testing.assert_close(exported(part), model(part))
 
 
 @pytest.mark.parametrize(('layout', 'grad'), [('paper', False), ('vit', True)])

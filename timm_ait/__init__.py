@@ -7,7 +7,7 @@ from .report import BlockReport, format_report, memory_report
 from .transformer import AssociativeBlock, AssociativeTransformer, NormalizedPatchEmbed
 from .workspace import GlobalWorkspace
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 
 __all__ = [
     'AssociativeBlock',
