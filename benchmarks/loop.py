@@ -79,7 +79,8 @@ def fit(
     """Train a classifier. If the checkpoint exists, go on from there.
 
     Args:
-        model: On the device to train on, with its first weights.
+        model: On the device to train on, with its first weights. Parts of it with a method ``start_epoch`` are told
+            when an epoch starts.
         data: See :data:`Data`. A data set with a method ``set_epoch`` is told the number of each epoch. With workers,
             its items may depend on index and epoch alone, or a run that was stopped within an epoch ends elsewhere.
         settings: See :class:`Settings`.
@@ -107,6 +108,8 @@ def fit(
         bar = tqdm(total=run.steps, initial=run.step, desc=name, disable=None)
         while run.step < run.steps:
             epoch, done = divmod(run.step, per_epoch)
+            if done == 0:
+                start_epoch(model)
             for batch in _batches(data, settings, epoch, done, workers):
                 run.train(batch)
                 bar.update()
@@ -118,6 +121,13 @@ def fit(
                     break
         bar.close()
     return run.log
+
+
+def start_epoch(model: nn.Module) -> None:
+    """Tell the parts of a model that an epoch starts."""
+    for module in model.modules():
+        if hasattr(module, 'start_epoch'):
+            module.start_epoch()
 
 
 class Run:

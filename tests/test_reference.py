@@ -10,35 +10,16 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_ait import AssociativeTransformer, NormalizedPatchEmbed, checkpoint_filter_fn
+from timm_ait import AssociativeTransformer, checkpoint_filter_fn
 from timm_ait.convert import convert_authors
 
 REFERENCE = Path(__file__).parents[2] / 'shared' / 'reference'
 CASES = ['classify', 'classify_beta4_k_exceeds_tokens', 'sort_of_clevr']
+MODELS = dict.fromkeys(CASES, 'ait_small_patch4_32') | {'sort_of_clevr': 'ait_small_relational_75'}
 
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f'no golden vectors: there is no folder {REFERENCE}')
-
-
-class QuestionTransformer(AssociativeTransformer):
-    """The authors' model for Sort-of-CLEVR: the question (B, 18) becomes a token before those of the image."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        paper = dict(qkv_bias=False, class_token=False, pos_embed='none', final_norm=False, global_pool='flatten')
-        super().__init__(**paper, embed_layer=NormalizedPatchEmbed, norm_layer=nn.LayerNorm, **kwargs)
-        self.question_embed = nn.Sequential(
-            nn.LayerNorm(18), nn.Linear(18, self.embed_dim), nn.LayerNorm(self.embed_dim)
-        )
-        self.num_prefix_tokens = 1
-        self._flatten_tokens(norm=True)
-
-    def forward(self, x: Tensor, question: Tensor) -> Tensor:
-        self.question = self.question_embed(question).unsqueeze(1)  # (B, 18) -> (B, 1, E)
-        return super().forward(x)
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        return torch.cat([self.question, x], dim=1)
 
 
 def shape_of(case: str) -> dict[str, Any]:
@@ -62,11 +43,7 @@ def shape_of(case: str) -> dict[str, Any]:
 
 
 def load_model(case: str, dtype: torch.dtype, **kwargs: Any) -> AssociativeTransformer:
-    shape = dict(shape_of(case), **kwargs)
-    if case == 'sort_of_clevr':
-        model: AssociativeTransformer = QuestionTransformer(**shape)
-    else:
-        model = timm.create_model('ait_small_patch4_32', **shape)
+    model = timm.create_model(MODELS[case], **dict(shape_of(case), **kwargs))
     weights = load_file(REFERENCE / f'{case}.weights.safetensors')
     model.load_state_dict(checkpoint_filter_fn(weights, model))
     return model.to(dtype).train()
@@ -159,12 +136,12 @@ def test_the_gradient_of_w_q_is_that_of_finite_differences(
 
 
 @pytest.mark.parametrize('suffix', ['safetensors', 'pth'])
-def test_an_authors_file_loads_through_create_model(suffix: str, tmp_path: Path) -> None:
-    file, vectors = REFERENCE / 'classify.weights.safetensors', load_vectors('classify', torch.float32)
+@pytest.mark.parametrize('case', ['classify', 'sort_of_clevr'])
+def test_an_authors_file_loads_through_create_model(case: str, suffix: str, tmp_path: Path) -> None:
+    file, vectors = REFERENCE / f'{case}.weights.safetensors', load_vectors(case, torch.float32)
     if suffix == 'pth':
         torch.save(load_file(file), tmp_path / 'authors.pth')
         file = tmp_path / 'authors.pth'
-    model = timm.create_model(
-        'ait_small_patch4_32', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **shape_of('classify')
-    )
+    overlay = dict(file=str(file))
+    model = timm.create_model(MODELS[case], pretrained=True, pretrained_cfg_overlay=overlay, **shape_of(case))
     torch.testing.assert_close(run(model.train(), vectors, 0).detach(), vectors['step0.logits'], rtol=0, atol=1e-5)

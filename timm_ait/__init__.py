@@ -3,6 +3,7 @@
 from . import ait  # noqa: F401  registers the models
 from .convert import checkpoint_filter_fn
 from .hopfield import HopfieldRetrieval, hopfield_energy
+from .relational import RelationalTransformer  # and registers the models
 from .report import BlockReport, format_report, memory_report
 from .transformer import AssociativeBlock, AssociativeTransformer, NormalizedPatchEmbed
 from .workspace import GlobalWorkspace
@@ -16,6 +17,7 @@ __all__ = [
     'GlobalWorkspace',
     'HopfieldRetrieval',
     'NormalizedPatchEmbed',
+    'RelationalTransformer',
     'checkpoint_filter_fn',
     'format_report',
     'hopfield_energy',

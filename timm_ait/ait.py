@@ -33,6 +33,7 @@ def _create_ait(
     pretrained_cfg: str | dict[str, Any] | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
+    model_class: type[AssociativeTransformer] = AssociativeTransformer,
     **kwargs: Any,
 ) -> AssociativeTransformer:
     """Build a variant; timm reads its weights from a file that was verified before."""
@@ -40,7 +41,7 @@ def _create_ait(
     cfg = resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay, kwargs.get('pretrained_model_args'))
     weights = fetch_weights(cfg, cache_dir) if pretrained else None
     model = build_model_with_cfg(
-        AssociativeTransformer,
+        model_class,
         variant,
         pretrained,
         pretrained_cfg=replace(cfg, source=None, file=str(weights)) if weights else cfg,

@@ -196,12 +196,12 @@ class AssociativeTransformer(VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens (B, N, E) of images (B, C, H, W), after all blocks and the final norm."""
         self._check_input(x)
-        return self._track(self.run_blocks(_without_subclass(x), attn_mask=attn_mask, is_causal=is_causal))
+        return self._track(self.run_blocks(without_subclass(x), attn_mask=attn_mask, is_causal=is_causal))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The outputs of several blocks, with the arguments and results of timm's method of this name."""
         self._check_input(x)
-        return self._track(super().forward_intermediates(_without_subclass(x), *args, **kwargs))
+        return self._track(super().forward_intermediates(without_subclass(x), *args, **kwargs))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles: a copy of the model whose workspaces only read."""
@@ -340,7 +340,7 @@ def _is_exporting() -> bool:
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or is_exporting
 
 
-def _without_subclass(x: Tensor) -> Tensor:
+def without_subclass(x: Tensor) -> Tensor:
     """Images without what a subclass of a tensor adds (fastai's, MONAI's, torchvision's): operations would copy it."""
     is_annotated = type(x) not in (Tensor, nn.Parameter) and isinstance(x, Tensor)
     is_other_storage = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ if is_annotated else False

@@ -1,0 +1,211 @@
+"""The Associative Transformer with one part changed, each through the methods that a workspace has for that.
+
+    python benchmarks/ablations.py    # what each of them changes, and its parameters
+
+:func:`create` makes models with the stem and the head of `baselines.py`, for images or for images and questions.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from baselines import LIKE_VIT_B, Baseline, Head, Stem
+from mixers import CrossAttention, ViT
+from torch import Tensor, nn
+
+from timm_ait import AssociativeTransformer, GlobalWorkspace, NormalizedPatchEmbed, RelationalTransformer
+
+HEADS = ('flatten', 'avg')
+ALL_TOKENS = 2**31  # a bottleneck that no batch reaches
+SIZES: dict[str, Any] = dict(LIKE_VIT_B, depth=2)  # of the paper's ablations
+REGISTERS = 'vit_registers'
+
+
+class NoMemory(GlobalWorkspace):
+    """Without memory: the LayerNorm on the output of the feed-forward part remains."""
+
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        """Return ``h`` (B, N, E)."""
+        return h
+
+
+class CrossAttentionRead(GlobalWorkspace):
+    """Tokens read the memory by attention with projections, in ``write_heads`` heads, and not by Hopfield retrieval."""
+
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        """``h + attention(h, gamma)``: (B, N, E)."""
+        slots = F.normalize(memory, dim=-1).to(h.dtype)
+        return h + self.cross_attention(h, slots.expand(len(h), -1, -1))  # (M, D) -> (B, M, D)
+
+
+class ResetMemory(GlobalWorkspace):
+    """The memory starts anew with every epoch."""
+
+    def start_epoch(self) -> None:
+        """Forget; `loop.py` calls this."""
+        (nn.init.orthogonal_ if self.write_rule == 'distinct' else nn.init.normal_)(self.memory)
+
+
+class OrthogonalMemory(GlobalWorkspace):
+    """The memory starts with orthogonal slots."""
+
+    def reset_parameters(self) -> None:
+        """Start from orthogonal slots; more than ``slot_dim`` of them cannot all be orthogonal."""
+        super().reset_parameters()
+        nn.init.orthogonal_(self.memory)
+
+
+class NoAttention(nn.Module):
+    """Nothing, in the place of self-attention."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Zeros (B, N, E)."""
+        return torch.zeros_like(x)
+
+
+class RegisterViT(ViT):
+    """A ViT that has as many register tokens as the workspace has slots (Darcet et al., arXiv:2309.16588)."""
+
+    def __init__(self, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float = 4.0, num_slots: int = 32) -> None:
+        super().__init__(embed_dim, depth, num_heads, mlp_ratio)
+        self.registers = nn.Parameter(nn.init.normal_(torch.empty(num_slots, embed_dim), std=0.02))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, E) -> (B, N, E), without the registers, and a balance loss () of zero."""
+        registers = self.registers.expand(len(x), -1, -1)
+        return self.blocks(torch.cat([registers, x], dim=1))[:, len(self.registers) :], x.new_zeros(())
+
+
+def drop_attention(block: Any) -> None:
+    """Leave out self-attention and its norm."""
+    block.norm1, block.attn = nn.Identity(), NoAttention()
+
+
+def drop_transform(block: Any) -> None:
+    """Do not train the linear transform, which nothing reads."""
+    block.mlp.linear_transform.requires_grad_(False)
+
+
+def add_cross_attention(block: Any) -> None:
+    """Put a cross-attention in the place of the linear transform."""
+    drop_transform(block)
+    block.mlp.cross_attention = CrossAttention(block.mlp.in_features, block.mlp.slot_dim, block.mlp.write_heads)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What changes.
+
+    Attributes:
+        text: In words.
+        layer: The workspace.
+        args: Keywords of the model.
+        change: What to do with each block in the end.
+    """
+
+    text: str
+    layer: type[GlobalWorkspace] = GlobalWorkspace
+    args: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[Any], None] = lambda block: None
+
+
+ABLATIONS: dict[str, Ablation] = {
+    'ait': Ablation('nothing: the published rule with a trained write'),
+    'ait_detached': Ablation('no gradient reaches the write, as in the published code', args=dict(write_grad=False)),
+    'ait_no_bottleneck': Ablation('slots attend to all tokens', args=dict(bottleneck=ALL_TOKENS)),
+    'ait_no_attention': Ablation('no self-attention', change=drop_attention),
+    'ait_no_memory': Ablation('no memory', NoMemory, dict(write_mode='never'), drop_transform),
+    'ait_cross_attention': Ablation('cross-attention reads the memory', CrossAttentionRead, {}, add_cross_attention),
+    'ait_no_balance': Ablation('no balance loss', args=dict(balance_weight=0.0)),
+    'ait_reset': Ablation('the memory starts anew every epoch', ResetMemory),
+    'ait_frozen': Ablation('orthogonal slots that nothing writes', OrthogonalMemory, dict(write_mode='never')),
+    'ait_distinct': Ablation('a write that leaves the slots distinct', args=dict(write_rule='distinct')),
+    'ait_image': Ablation('the same, for each image', args=dict(write_rule='distinct', write_scope='image')),
+}
+NAMES = (*ABLATIONS, REGISTERS)
+
+
+def create(
+    name: str,
+    img_size: int = 32,
+    patch_size: int = 4,
+    in_chans: int = 3,
+    num_classes: int = 10,
+    question_dim: int = 0,
+    pos_embed: bool = False,
+    head: str = 'flatten',
+    **sizes: Any,
+) -> nn.Module:
+    """Make a model, with the arguments of :func:`baselines.create`.
+
+    Args:
+        name: In :data:`NAMES`.
+        img_size: Side of the images.
+        patch_size: Side of a patch.
+        in_chans: Channels of the images.
+        num_classes: Classes or answers.
+        question_dim: Bits of a question, 0 for no questions.
+        pos_embed: Whether tokens say where they are. In the paper they do not.
+        head: What the classifier reads: 'flatten' for all tokens, as in the paper, or 'avg' for their mean.
+        sizes: Instead of those of AiT-Small; other keywords of the model.
+
+    Raises:
+        ValueError: For an unknown name or head.
+    """
+    if name not in NAMES:
+        raise ValueError(f'expected a name out of {NAMES}, got {name!r}')
+    if head not in HEADS:
+        raise ValueError(f'expected a head out of {HEADS}, got {head!r}')
+    sizes = {**SIZES, **sizes}
+    if name == REGISTERS:
+        stem = Stem(img_size, patch_size, in_chans, sizes['embed_dim'], pos_embed, question_dim)
+        last = Head(head, stem.num_tokens, sizes['embed_dim'], sizes['num_heads'], num_classes)
+        return Baseline(stem, RegisterViT(**sizes), last)
+    ablation = ABLATIONS[name]
+    if question_dim:
+        sizes['question_dim'] = question_dim
+    base = RelationalTransformer if question_dim else AssociativeTransformer
+    model = type(base.__name__, (base,), {'workspace_layer': ablation.layer})(
+        img_size=img_size,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        pos_embed='learn' if pos_embed else 'none',
+        no_embed_class=True,
+        class_token=False,
+        qkv_bias=False,
+        final_norm=head == 'avg',  # timm puts it after the mean
+        global_pool=head,
+        pool_include_prefix=True,
+        weight_init='skip',
+        embed_layer=NormalizedPatchEmbed,
+        norm_layer=nn.LayerNorm,
+        **{**sizes, **ablation.args},
+    )
+    for block in model.blocks:
+        ablation.change(block)
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print what each model changes, and its parameters, for images of 32x32 in 10 classes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    print('| model | what changes | trained parameters, M | beside AiT, M |\n|---|---|---|---|')
+    texts = {name: ablation.text for name, ablation in ABLATIONS.items()}
+    texts[REGISTERS] = 'a ViT with 32 register tokens'
+    counts = {name: count_parameters(create(name)) / 1e6 for name in texts}
+    for name, text in texts.items():
+        print(f'| {name} | {text} | {counts[name]:.2f} | {counts[name] - counts["ait"]:+.2f} |')
+
+
+if __name__ == '__main__':
+    main()
