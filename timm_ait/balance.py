@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, Variable
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .scale import Forward, Loss, Track, follow
+from .scale import Forward, Loss, Term, Track, follow
 
 __all__ = ['TrackedTensor', 'attach', 'hand_out', 'is_backward_running', 'plain', 'track']
 
@@ -213,7 +213,7 @@ class TrackedTensor(Tensor):
     def track(self) -> Track:
         with torch._C.DisableTorchFunctionSubclass():
             if '_track' not in vars(self):
-                self._track = Track(frozenset({Forward()}))
+                self._track = _start(is_loss=self.ndim == 0)  # compiled together with the model, or its logits
             return self._track
 
     @classmethod
@@ -257,8 +257,14 @@ def track(outputs: Any) -> Any:
     if torch.compiler.is_compiling():
         return tree_map(lambda x: x.as_subclass(TrackedTensor) if type(x) is Tensor else x, outputs)
     _warn_of_last_pass()
-    start = Track(frozenset({Forward()}))
+    start = _start()
     return tree_map(lambda x: _tracked(x, start) if type(x) is Tensor and x.requires_grad else x, outputs)
+
+
+def _start(is_loss: bool = False) -> Track:
+    """What is known of the output of a forward, or of a loss that was computed out of sight."""
+    forwards = frozenset({Forward()})
+    return Track(forwards, loss=Loss((Term((), forwards),)) if is_loss else None)
 
 
 def plain(tree: Any) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ['Forward', 'Loss', 'Track', 'follow']
+__all__ = ['Forward', 'Loss', 'Term', 'Track', 'follow']
 
 # Names of torch functions and of the operators of tensors, without underscores, by what they do to a loss.
 OPERATIONS = {
