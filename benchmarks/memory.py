@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int)
     report = [] if variant == 'none' else [vars(block) for block in memory_report(model, images)]
     parameters = sum(p.numel() for p in model.parameters())
     checkpoint.unlink(missing_ok=True)
-    return {'top1': top1, 'log': log, 'memory': report, 'parameters': parameters, 'seconds': round(seconds)}
+    return {'top1': top1, 'log': log, 'memory': report, 'parameters': parameters, 'seconds': round(seconds, 2)}
 
 
 def title(args: argparse.Namespace, variant: str, seed: int) -> str:
