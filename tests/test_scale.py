@@ -287,4 +287,6 @@ def test_the_numbers_that_a_user_sees_are_ordinary() -> None:
     assert type(x.detach()) is type(x.argmax(-1)) is Tensor
     assert 'Tracked' not in repr(x)
     assert x.T.shape == (C, B)
+    assert type(x.shape) is type(x.size()) is torch.Size
+    assert x.max(dim=1).values.shape == (B,)
     assert type(x.T) is TrackedTensor

@@ -246,7 +246,7 @@ class TrackedTensor(Tensor):
                     return x
                 return _tracked(x, follow(name, args, kwargs, tracked, x))
 
-            return tree_map(wrap, result)
+            return result if isinstance(result, torch.Size) else tree_map(wrap, result)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)
