@@ -77,7 +77,7 @@ class LoopedWorkspace(nn.Module):
         self.value = nn.Linear(in_features, write_heads * slot_dim, bias=False)
         self.proj = nn.Linear(write_heads * slot_dim, slot_dim, bias=False)
         self.write_norm = nn.LayerNorm(slot_dim, eps=1e-6)
-        self.lift = nn.Linear(slot_dim, in_features)
+        self.linear_transform = nn.Linear(slot_dim, in_features)
         self.register_buffer('memory', torch.randn(num_slots, slot_dim))
         self.loss = torch.zeros(())
 
@@ -85,7 +85,7 @@ class LoopedWorkspace(nn.Module):
         """Write the tokens, then retrieve: (B, N, E) -> (B, N, E)."""
         h = self.feed_forward(x)
         self.write(h.flatten(0, 1))  # (B, N, E) -> (T, E)
-        attractors = self.lift(self.memory)  # (M, D) -> (M, E)
+        attractors = self.linear_transform(self.memory)  # (M, D) -> (M, E)
         return h + (h @ attractors.t()).softmax(dim=-1) @ attractors
 
     def write(self, h: Tensor) -> None:

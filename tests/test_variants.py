@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torchvision.transforms.functional import pil_to_tensor
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
+from timm_ait.workspace import orthogonalise
 
 CIFAR10 = Path(__file__).parents[2] / 'shared' / 'data' / 'cifar10-jpeg.tar.xz'
 B, N, E = 3, 11, 17
@@ -58,6 +59,16 @@ def images(count: int) -> Tensor:
 # The equations
 
 
+def newton_schulz(slots: Tensor) -> Tensor:
+    """Five steps on the singular values: ``s <- 1.5 s - 0.5 s^3``."""
+    u, s, v = torch.linalg.svd(slots, full_matrices=False)
+    s = s / (slots @ slots.t()).abs().sum(dim=1).max().clamp_min(1).sqrt()
+    for _ in range(5):
+        s = 1.5 * s - 0.5 * s**3
+    slots = (u * s) @ v
+    return slots / slots.norm(dim=1, keepdim=True)
+
+
 def reference(layer: GlobalWorkspace, x: Tensor) -> tuple[Tensor, Tensor]:
     """One training forward, slot by slot: output and memory."""
     h = layer.norm(layer.fc2(F.gelu(layer.fc1(x))))
@@ -79,7 +90,8 @@ def reference(layer: GlobalWorkspace, x: Tensor) -> tuple[Tensor, Tensor]:
         if layer.write_rule == 'distinct':
             update = update / update.norm(dim=1, keepdim=True)
         new = layer.memory_decay * layer.memory + (1 - layer.memory_decay) * update
-        written.append(new / new.norm(dim=1, keepdim=True))
+        new = new / new.norm(dim=1, keepdim=True)
+        written.append(newton_schulz(new) if layer.write_rule == 'distinct' else new)
     each = written if layer.write_scope == 'image' else written * len(x)
     outputs = []
     for memory, own in zip(each, h, strict=True):
@@ -87,7 +99,9 @@ def reference(layer: GlobalWorkspace, x: Tensor) -> tuple[Tensor, Tensor]:
         r = (layer.beta * own @ attractors.t()).softmax(-1) @ attractors
         outputs.append(own + (r if layer.scale is None else layer.scale * r))
     mean = torch.stack(written).mean(dim=0)
-    return torch.stack(outputs), mean / mean.norm(dim=1, keepdim=True)
+    mean = mean / mean.norm(dim=1, keepdim=True)
+    has_copies = layer.write_scope == 'image' and layer.write_rule == 'distinct'
+    return torch.stack(outputs), newton_schulz(mean) if has_copies else mean
 
 
 @variants(VARIANTS.values(), ids=VARIANTS)
@@ -198,6 +212,16 @@ def test_after_training_the_slots_are_still_distinct(scope: str) -> None:
         optimizer.step()
     assert loss.item() < 0.5
     assert_distinct(model, x)
+
+
+def test_orthogonalised_slots_are_the_nearest_orthogonal_ones_or_evenly_spread() -> None:
+    torch.manual_seed(0)
+    few = F.normalize(torch.eye(M, D) + 0.1 * torch.randn(M, D), dim=-1)
+    u, _, v = torch.linalg.svd(few, full_matrices=False)
+    torch.testing.assert_close(orthogonalise(few), u @ v, rtol=0, atol=1e-3)
+    many = F.normalize(torch.randn(2 * D, D), dim=-1)
+    spread = torch.linalg.svdvals(orthogonalise(many))
+    assert spread.max() / spread.min() < 1.3 < torch.linalg.svdvals(many).max() / torch.linalg.svdvals(many).min()
 
 
 def test_the_first_memory_is_orthogonal_and_a_write_moves_it_by_the_rate_that_the_decay_says() -> None:

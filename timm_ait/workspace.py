@@ -27,7 +27,7 @@ from .layers import OutputNorm, is_plain, without_autocast
 from .replay import Replay, snapshot
 from .selection import gather, gather_per_image, top_logits, top_logits_per_image
 
-__all__ = ['GlobalWorkspace', 'MemoryWrite', 'Selection', 'load_balance_loss', 'squash']
+__all__ = ['GlobalWorkspace', 'MemoryWrite', 'Selection', 'load_balance_loss', 'orthogonalise', 'squash']
 
 
 class Selection(NamedTuple):
@@ -94,6 +94,21 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
     return variation.sum(dim=-1).mean()
 
 
+def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:
+    """Turn slots (..., M, D) towards the nearest orthogonal ones, by Newton-Schulz iterations, with unit rows.
+
+    Each step ``X <- 1.5 X - 0.5 X X^T X`` brings the singular values nearer to 1. More than D slots of width D cannot be
+    orthogonal: they become evenly spread.
+    """
+    gram = torch.matmul(slots, slots.transpose(-2, -1))
+    bound = gram.abs().sum(dim=-1).amax(dim=-1).clamp_min(1).sqrt()  # of the largest singular value
+    slots = slots / bound.unsqueeze(-1).unsqueeze(-1)
+    for _ in range(steps):
+        gram = torch.matmul(slots, slots.transpose(-2, -1))
+        slots = 1.5 * slots - 0.5 * torch.matmul(gram, slots)
+    return F.normalize(slots, dim=-1)
+
+
 class GlobalWorkspace(nn.Module):
     """Feed-forward layer of an Associative Transformer block; a drop-in for timm's ``Mlp``.
 
@@ -127,7 +142,8 @@ class GlobalWorkspace(nn.Module):
             get no gradient are frozen.
         write_rule: 'published' is the paper's rule, which pulls all slots to one point. 'distinct' removes from each
             write what all slots read alike, writes rows of unit length, so that ``memory_decay`` is the rate that it
-            says, starts from orthogonal slots, and learns a gain on the retrieval.
+            says, starts from orthogonal slots and turns them back towards orthogonal ones after each write, and learns
+            a gain (E,) on the retrieval that starts at sqrt(D).
         write_scope: 'batch' as in the paper: the tokens of the batch write into one memory, and evaluation reads what
             training has written. 'image': every image writes its own tokens into a copy of the memory and reads the
             copy, in evaluation too. The memory itself starts every copy, and moves by their mean.
@@ -318,9 +334,10 @@ class GlobalWorkspace(nn.Module):
     def update(self, memory: Tensor, heads: Tensor) -> Tensor:
         """Explicit memory: ``gamma <- normalise(decay gamma + (1 - decay) LN(W_O heads + gamma))``.
 
-        With ``write_rule='distinct'`` the heads are first centred over the slots, and the LayerNorm's rows get unit
-        length. Without the first, all slots receive the mean token and become one point. Without the second, a row of
-        length sqrt(D) replaces 39 % of a slot of length 1 where ``memory_decay`` says 10 %.
+        With ``write_rule='distinct'`` the heads are first centred over the slots, the LayerNorm's rows get unit length,
+        and the new slots are orthogonalised. Without the first, all slots receive the mean token and become one point.
+        Without the second, a row of length sqrt(D) replaces 39 % of a slot of length 1 where ``memory_decay`` says 10 %.
+        Without the third, training leaves a few directions for all slots.
 
         Args:
             memory: (M, D) old memory.
@@ -338,6 +355,8 @@ class GlobalWorkspace(nn.Module):
         if self.write_rule == 'distinct':
             update = F.normalize(update, dim=-1)
         new = F.normalize(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay), dim=-1)
+        if self.write_rule == 'distinct':
+            new = orthogonalise(new)
         return torch.where(new.detach().sum(dim=(-2, -1), keepdim=True).isfinite(), new, memory)
 
     def has_copies(self) -> bool:
@@ -360,7 +379,8 @@ class GlobalWorkspace(nn.Module):
         update = self.write_norm(self.proj(heads.transpose(1, 2).flatten(2)) + memory)  # (B, M, S*D) -> (B, M, D)
         if self.write_rule == 'distinct':
             update = F.normalize(update, dim=-1)
-        return F.normalize(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay), dim=-1)
+        new = F.normalize(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay), dim=-1)
+        return orthogonalise(new) if self.write_rule == 'distinct' else new
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
         """Retrieve from the memory (..., M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
@@ -395,6 +415,7 @@ class GlobalWorkspace(nn.Module):
             if self.has_copies():
                 memory = memory.sum(dim=0)  # its direction counts, its length does not
                 memory = F.normalize(sum_over_ranks(memory) if is_distributed() else memory, dim=-1)
+                memory = orthogonalise(memory) if self.write_rule == 'distinct' else memory
             elif is_distributed():
                 memory = self.update(write.before, merge_ranks(write.heads, write.lse))
             self.memory.copy_(memory)
@@ -420,10 +441,13 @@ class GlobalWorkspace(nn.Module):
         return self.memory.new_zeros(()) if loss is None else hand_out(loss)
 
     def reset_parameters(self) -> None:
-        """Start from random slots N(0, 1) as the authors do, or from orthogonal ones, and from the initial scale."""
+        """Start from random slots N(0, 1) as the authors do, or from orthogonal ones, and from the initial scale.
+
+        Without a given scale it is sqrt(D): what a unit slot makes a token retrieve is then about as long as the token.
+        """
         (nn.init.orthogonal_ if self.write_rule == 'distinct' else nn.init.normal_)(self.memory)
         if self.scale is not None:
-            nn.init.constant_(self.scale, 1.0 if self.retrieval_scale is None else self.retrieval_scale)
+            nn.init.constant_(self.scale, self.slot_dim**0.5 if self.retrieval_scale is None else self.retrieval_scale)
 
     def init_weights(self) -> None:
         """Initialise what the paper adds to a feed-forward layer as the authors do: by PyTorch's defaults.
