@@ -5,14 +5,16 @@ ifeq ($(origin PYTHON),undefined)
 PYTHON := .venv/bin/python
 demo: .venv/demo.stamp
 lint unit timm-suite: .venv/test.stamp
+docs: .venv/docs.stamp
 endif
 
-.PHONY: help demo test lint unit timm-suite clean
+.PHONY: help demo test lint unit timm-suite docs clean
 
 help:
 	@echo 'make demo        fine-tune a small AiT on real digits, in less than three minutes on two cores'
 	@echo 'make test        lint, formatting, types and all tests'
 	@echo 'make timm-suite  the model tests of the installed timm alone'
+	@echo 'make docs        the documentation, in the folder site'
 	@echo 'make clean       remove environments, caches and outputs'
 
 demo:
@@ -31,8 +33,11 @@ unit:
 timm-suite:
 	$(PYTHON) tests/timm_suite.py $(ARGS)
 
+docs:
+	$(PYTHON) -m mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build dist output *.egg-info
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build dist output site *.egg-info
 
 .venv/%.stamp: pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv

@@ -3,8 +3,8 @@
     python benchmarks/memory.py DIR --out benchmarks/results/memory    (DIR/train/<class>/*, DIR/test/<class>/*)
     python benchmarks/memory.py --show benchmarks/results/memory       (the table and the picture, out of the results)
 
-Each run writes one JSON file when it has finished, and a checkpoint on its way: call again after a stop. What is tested,
-and what counts as a gain, stands in README.md under "Does the memory pay?".
+Each run writes one JSON file when it has finished, and a checkpoint on its way: call again after a stop. README.md says
+under "Does the memory pay?" what is tested, and what counts as a gain.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int)
     report = [] if variant == 'none' else [vars(block) for block in memory_report(model, images)]
     parameters = sum(p.numel() for p in model.parameters())
     checkpoint.unlink(missing_ok=True)
-    return {'top1': top1, 'log': log, 'memory': report, 'parameters': parameters, 'seconds': round(seconds)}
+    return {'top1': top1, 'log': log, 'memory': report, 'parameters': parameters, 'seconds': round(seconds, 2)}
 
 
 def title(args: argparse.Namespace, variant: str, seed: int) -> str:

@@ -147,7 +147,7 @@ def model_cases(args: Args) -> Iterator[Case]:
             if 'training' in args.rows:
                 yield f'training, {name}', partial(timed, sides=sides, goal=goal)
             if 'memory' in args.rows:
-                yield f'peak memory, {name}', partial(compare_bytes, sides=sides, measure=peak_bytes, goal=1.08)
+                yield f'peak memory, {name}', partial(compare_bytes, sides=sides, measure=peak_bytes, goal=1.10)
 
 
 def depth_cases(args: Args) -> Iterator[Case]:

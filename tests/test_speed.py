@@ -194,8 +194,8 @@ def training_step(build: Callable[[], nn.Module], checkpointing: bool = False) -
 
 @pytest.mark.parametrize('write_grad', [False, True])
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_training_takes_at_most_8_percent_more_memory_than_a_vit(write_grad: bool, checkpointing: bool) -> None:
+def test_training_takes_at_most_10_percent_more_memory_than_a_vit(write_grad: bool, checkpointing: bool) -> None:
     ait = partial(timm.create_model, 'ait_small_patch4_32', write_grad=write_grad)
     sides = tuple(partial(training_step, build, checkpointing) for build in (ait, lambda: vit_like(ait())))
     row = compare_bytes('peak', sides, peak_bytes)
-    assert row.ratio <= 1.08, row
+    assert row.ratio <= 1.10, row

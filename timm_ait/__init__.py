@@ -3,12 +3,13 @@
 from . import ait  # noqa: F401  registers the models
 from .convert import checkpoint_filter_fn
 from .hopfield import HopfieldRetrieval, hopfield_energy
+from .memory import load_memory, save_memory
 from .relational import RelationalTransformer  # and registers the models
 from .report import BlockReport, format_report, memory_report
 from .transformer import AssociativeBlock, AssociativeTransformer, NormalizedPatchEmbed
 from .workspace import GlobalWorkspace
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 
 __all__ = [
     'AssociativeBlock',
@@ -21,5 +22,7 @@ __all__ = [
     'checkpoint_filter_fn',
     'format_report',
     'hopfield_energy',
+    'load_memory',
     'memory_report',
+    'save_memory',
 ]

@@ -221,8 +221,7 @@ class TrackedTensor(Tensor):
     def track(self) -> Track:
         with torch._C.DisableTorchFunctionSubclass():
             if '_track' not in vars(self):
-                forwards = frozenset({Forward()})  # of a compiled model, or of a compiled step that returns a loss
-                self._track = Track(forwards, loss=Loss((Term((), forwards),)) if self.numel() == 1 else None)
+                self._track = _start(is_loss=self.ndim == 0)  # compiled together with the model, or its logits
             return self._track
 
     @classmethod
@@ -266,8 +265,14 @@ def track(outputs: Any) -> Any:
     if torch.compiler.is_compiling():
         return tree_map(lambda x: x.as_subclass(TrackedTensor) if type(x) is Tensor else x, outputs)
     _warn_of_last_pass()
-    start = Track(frozenset({Forward()}))
+    start = _start()
     return tree_map(lambda x: _tracked(x, start) if type(x) is Tensor and x.requires_grad else x, outputs)
+
+
+def _start(is_loss: bool = False) -> Track:
+    """What is known of the output of a forward, or of a loss that was computed out of sight."""
+    forwards = frozenset({Forward()})
+    return Track(forwards, loss=Loss((Term((), forwards),)) if is_loss else None)
 
 
 def plain(tree: Any) -> Any:

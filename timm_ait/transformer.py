@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed, to_2tuple
 from timm.models import checkpoint, register_notrace_module
 from timm.models.vision_transformer import Block, VisionTransformer
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from .arguments import WORKSPACE_ARGS
@@ -185,6 +186,8 @@ class AssociativeTransformer(VisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Classify images (B, C, H, W): logits (B, num_classes)."""
         if torch.jit.is_scripting():
+            if self.training:
+                raise ValueError('a scripted model only evaluates, its memory is fixed; call eval() on it')
             return self.forward_head(self.run_blocks(x, attn_mask, is_causal))
         else:
             x = plain(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
@@ -199,6 +202,10 @@ class AssociativeTransformer(VisionTransformer):
         """The outputs of several blocks, with the arguments and results of timm's method of this name."""
         self._check_input(x)
         return self._track(super().forward_intermediates(without_subclass(x), *args, **kwargs))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: a copy of the model whose workspaces only read."""
+        return reparameterize_model(self)
 
     def _track(self, outputs: Any) -> Any:
         """Outputs such that a loss computed from them tells by which factor the training loop scales it."""
@@ -302,6 +309,11 @@ class AssociativeTransformer(VisionTransformer):
             raise ValueError(
                 f'expected images of shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}; '
                 'convert them or create the model with in_chans='
+            )
+        if _is_exporting() and any(block.mlp.is_writing() for block in self.blocks):
+            raise ValueError(
+                'an exported model cannot write its memory, but in its present mode this one does; call model.eval() '
+                "before you export it, and create it with write_mode='train' or 'never'"
             )
 
 

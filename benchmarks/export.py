@@ -1,0 +1,215 @@
+"""What each exported form of a model costs: size, difference of the logits, speed, and accuracy where images are given.
+
+    python benchmarks/export.py                       # test_ait with its weights
+    python benchmarks/export.py --data DIR/test       # and its accuracy on 2,000 images, DIR/test/<class>/*
+    python benchmarks/export.py --formats eager int8  # some formats alone
+
+All forms take turns in one process; a turn of all is a round. Speeds are medians over the rounds. The script prints a
+table, and writes the numbers to the file ``--out``.
+"""
+
+import argparse
+import copy
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import timm
+import torch
+from record import write_record
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import timm_ait  # noqa: F401  registers the models
+
+Run = Callable[[Tensor], Tensor]
+Form = tuple[Run, Path]
+
+
+@dataclass
+class Row:
+    """One form of the model.
+
+    Attributes:
+        name: Of the form.
+        megabytes: Size of its file, 10^6 bytes.
+        difference: Largest difference of a logit from the eager model's, over all images.
+        images_per_second: Median over the rounds.
+        relative: Median over the rounds of the speed relative to the eager model's in the same round.
+        accuracy: Top-1, %; None where no labelled images were given.
+    """
+
+    name: str
+    megabytes: float
+    difference: float
+    images_per_second: float = 0.0
+    relative: float = 0.0
+    accuracy: float | None = None
+
+
+def _saved(model: nn.Module, path: Path) -> Form:
+    torch.save(model.state_dict(), path)
+    return model, path
+
+
+def _dynamic(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim('batch', min=1, max=4096)
+    return torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+
+
+def _onnx(model: nn.Module, images: Tensor, path: Path, dynamo: bool) -> Form:
+    from onnxruntime import InferenceSession, SessionOptions
+
+    if dynamo:
+        batch = torch.export.Dim('batch', min=1, max=4096)
+        options = dict(dynamic_shapes=({0: batch},), external_data=False)
+    else:
+        options = dict(input_names=['images'], dynamic_axes={'images': {0: 'batch'}})
+    torch.onnx.export(model, (images,), path, dynamo=dynamo, verbose=False, **options)
+    threads = SessionOptions()
+    threads.intra_op_num_threads = torch.get_num_threads()
+    session = InferenceSession(path, threads, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), path
+
+
+def _exported(model: nn.Module, images: Tensor, path: Path) -> Form:
+    torch.export.save(_dynamic(model, images), path)
+    return torch.export.load(path).module(), path
+
+
+def _aotinductor(model: nn.Module, images: Tensor, path: Path) -> Form:
+    path = path.with_suffix('.pt2')
+    torch._inductor.aoti_compile_and_package(_dynamic(model, images), package_path=str(path))
+    return torch._inductor.aoti_load_package(str(path)), path
+
+
+def _scripted(model: nn.Module, images: Tensor, path: Path) -> Form:
+    torch.jit.script(model).save(path)
+    return torch.jit.load(path).eval(), path
+
+
+def _torchao(model: nn.Module, path: Path, config: str) -> Form:
+    from torchao import quantization
+
+    quantization.quantize_(model, getattr(quantization, config)())
+    return _saved(model, path)
+
+
+def _quantised(model: nn.Module, path: Path) -> Form:
+    return _saved(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8), path)
+
+
+# Each makes a form of a model of its own, which it may change: (model, images, path).
+FORMATS: dict[str, Callable[[nn.Module, Tensor, Path], Form]] = {
+    'eager': lambda model, images, path: _saved(model, path),
+    'reparameterize_model': lambda model, images, path: _saved(reparameterize_model(model), path),
+    'TorchScript': _scripted,
+    'torch.export': _exported,
+    'AOTInductor': _aotinductor,
+    'ONNX': lambda model, images, path: _onnx(model, images, path, dynamo=True),
+    'ONNX, legacy': lambda model, images, path: _onnx(model, images, path, dynamo=False),
+    'int8 weights, torchao': lambda model, images, path: _torchao(model, path, 'Int8WeightOnlyConfig'),
+    'int8 dynamic, torchao': lambda model, images, path: _torchao(model, path, 'Int8DynamicActivationInt8WeightConfig'),
+    'int8 dynamic, torch': lambda model, images, path: _quantised(model, path),
+}
+
+
+def read_images(model: nn.Module, folder: Path, count: int) -> tuple[Tensor, Tensor]:
+    """Read ``count`` images (T, C, H, W), as the model wants them, and labels (T,), evenly spread over the classes."""
+    dataset = create_dataset('folder', root=str(folder))
+    dataset.transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    chosen = Subset(dataset, range(0, len(dataset), max(len(dataset) // count, 1))[:count])
+    images, labels = zip(*DataLoader(chosen, batch_size=500), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def compare(run: Run, expected: Tensor, images: Tensor, labels: Tensor | None) -> tuple[float, float | None]:
+    """Return the largest difference from the logits ``expected`` (T, K), and with labels (T,) the accuracy in %."""
+    logits = torch.cat([run(part) for part in images.split(250)])
+    accuracy = None if labels is None else 100 * (logits.argmax(dim=1) == labels).float().mean().item()
+    return (logits - expected).abs().max().item(), accuracy
+
+
+def speeds(runs: list[Run], images: Tensor, rounds: int, turns: int) -> list[list[float]]:
+    """Images per second of every form (outer list), in every round (inner list)."""
+    found: list[list[float]] = [[] for _ in runs]
+    for round_ in range(rounds + 1):
+        for run, seen in zip(runs, found, strict=True):
+            start = time.perf_counter()
+            for _ in range(turns):
+                run(images)
+            if round_:  # the first warms up
+                seen.append(turns * len(images) / (time.perf_counter() - start))
+    return found
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Make all forms, compare their logits and time them."""
+    model = timm.create_model(args.model, pretrained=args.pretrained).eval()
+    images, labels = torch.randn(args.batch_size, *model.pretrained_cfg['input_size']), None
+    if args.data:
+        images, labels = read_images(model, args.data, args.images)
+    batch = images[: args.batch_size]
+    example = batch[:2].clone()  # torch.export saves it, and all that a view of more images would bring
+    expected = torch.cat([model(part) for part in images.split(250)])
+    rows, runs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, name in enumerate(args.formats):
+            run, path = FORMATS[name](copy.deepcopy(model), example, Path(folder) / str(i))
+            difference, accuracy = compare(run, expected, images, labels)
+            rows.append(Row(name, path.stat().st_size / 1e6, difference, accuracy=accuracy))
+            runs.append(run)
+        timed = speeds([model, *runs], batch, args.rounds, args.turns)
+    for row, seen in zip(rows, timed[1:], strict=True):
+        row.images_per_second = median(seen)
+        row.relative = median(a / b for a, b in zip(seen, timed[0], strict=True))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ['| format | file, MB | largest difference of logits | images/s | beside eager | accuracy, % |']
+    lines.append('|---|---|---|---|---|---|')
+    for row in rows:
+        accuracy = '' if row.accuracy is None else f'{row.accuracy:.2f}'
+        speed = f'{row.images_per_second:.0f} | {row.relative:.2f}'
+        lines.append(f'| {row.name} | {row.megabytes:.2f} | {row.difference:.1e} | {speed} | {accuracy} |')
+    return '\n'.join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='test_ait')
+    parser.add_argument('--pretrained', action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument('--formats', nargs='+', choices=FORMATS, default=list(FORMATS), metavar='FORMAT')
+    parser.add_argument('--data', type=Path, help='folder with a folder of images for each class')
+    parser.add_argument('--images', type=int, default=2000, help='how many of them')
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--rounds', type=int, default=11)
+    parser.add_argument('--turns', type=int, default=5, help='batches in a turn')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--out', type=Path, help='JSON file for the numbers')
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # what exporters say of themselves
+        rows = measure(args)
+    print(table(rows))
+    if args.out:
+        write_record(args.out, vars(args), {'rows': [asdict(row) for row in rows]})
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,14 @@
+"""Clients warn of themselves, in other words with every version. What concerns this package stays an error."""
+
+import pytest
+
+FILTERS = (
+    'ignore',
+    'error:(?s).*timm_ait',  # what it says
+    'error:::timm_ait',  # what its lines cause in PyTorch
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in FILTERS:  # the last one that fits decides
+        config.addinivalue_line('filterwarnings', line)

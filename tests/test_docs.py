@@ -1,0 +1,99 @@
+"""Every Python block of README.md and docs is run, and every link inside the repository has a target."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').glob('*.md')])
+BLOCK = re.compile(r'^(?:<!-- not run: (?P<why>.+?) -->\n)?```python\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    code: str
+    why_not_run: str | None
+
+
+def blocks_of(text: str) -> list[Block]:
+    return [Block(found['code'], found['why']) for found in BLOCK.finditer(text)]
+
+
+def check_names(code: str, known: dict[str, Any] | None = None) -> None:
+    """Import what a block imports, and look up every attribute of it and of what is known. Calls are not made."""
+    tree, names = ast.parse(code), dict(known or {})
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(ast.unparse(node), names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root, *attributes = ast.unparse(node).split('.')
+            value = names.get(root)
+            for name in attributes if root in names else ():
+                value = getattr(value, name)
+
+
+def names(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
+
+
+@pytest.mark.filterwarnings('ignore')  # of the exporters, about themselves
+@pytest.mark.parametrize('page', [page for page in names(PAGES) if blocks_of((ROOT / page).read_text())])
+def test_python_blocks_run_one_after_the_other(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {}
+    for block in blocks_of((ROOT / page).read_text()):
+        if block.why_not_run:
+            check_names(block.code, known)
+        else:
+            exec(compile(block.code, page, 'exec'), known)
+
+
+@pytest.mark.parametrize('page', names(PAGES))
+def test_every_python_block_is_found(page: str) -> None:
+    """One that is indented, or has a comment that is spelled otherwise, would not be run as it should."""
+    text = (ROOT / page).read_text()
+    assert len(re.findall(r'```\s*py', text)) == len(blocks_of(text))
+    assert text.count('<!--') == sum(block.why_not_run is not None for block in blocks_of(text))
+
+
+@pytest.mark.parametrize('page', names(PAGES))
+def test_links_inside_the_repository_have_a_target(page: str) -> None:
+    for link in re.findall(r'\]\(([^)\s]+)\)', (ROOT / page).read_text()):
+        if not link.startswith(('http:', 'https:', '#')):
+            assert ((ROOT / page).parent / link.split('#')[0]).exists(), link
+
+
+def test_a_block_that_is_not_run_must_name_what_exists() -> None:
+    importlib.import_module('timm_ait')
+    check_names('import timm\ntimm.create_model("nothing")')
+    with pytest.raises(AttributeError, match='create_modle'):
+        check_names('import timm\ntimm.create_modle("nothing")')
+    with pytest.raises(ImportError, match='GlobalWorkspaces'):
+        check_names('from timm_ait import GlobalWorkspaces')
+    with pytest.raises(SyntaxError):
+        check_names('import timm\ntimm.create_model(')
+
+
+def test_a_keyword_that_a_model_takes_is_in_the_table_of_keywords() -> None:
+    from timm_ait.arguments import WORKSPACE_ARGS
+
+    table = (ROOT / 'docs' / 'layer.md').read_text().split('## Keywords')[1]
+    assert [name for name in WORKSPACE_ARGS if f'`{name}`' not in table] == []
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    import timm_ait
+
+    listed = set(re.findall(r'^ +- (\w+)$', (ROOT / 'docs' / 'api.md').read_text(), re.MULTILINE))
+    assert listed == set(timm_ait.__all__)
+
+
+def test_the_readme_begins_with_what_it_is_and_its_two_commands() -> None:
+    first_screen = (ROOT / 'README.md').read_text().splitlines()[:40]
+    assert any(line.startswith('make demo') for line in first_screen)
+    assert any(line.startswith('make test') for line in first_screen)
+    assert len((ROOT / 'README.md').read_text().splitlines()) < 70

@@ -1,0 +1,80 @@
+"""The experiment on the memory, at toy size: what its variants are, that it goes on after a stop, and its table."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import memory
+
+
+@pytest.mark.parametrize('variant', memory.VARIANTS)
+def test_a_variant_differs_from_no_memory_in_what_it_adds_alone(variant: str) -> None:
+    torch.manual_seed(0)
+    model = memory.create(variant, attention=False, width=32, depth=2)
+    control = memory.create('none', attention=False, width=32, depth=2)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    added = {name for name in shapes if name not in dict(control.named_parameters())}
+    assert all(name.endswith('mlp.scale') for name in added)
+    x = torch.randn(3, 3, 32, 32)
+    before = [block.mlp.memory.clone() for block in model.blocks]
+    model.train()(x)
+    is_moved = [not torch.equal(block.mlp.memory, old) for block, old in zip(model.blocks, before, strict=True)]
+    assert is_moved == [variant in ('published', 'distinct', 'image')] * 2
+
+
+def test_without_attention_and_memory_no_token_sees_another_and_a_memory_of_the_image_changes_that() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    changed = x.clone()
+    changed[..., :4, :4] += 1  # the first patch
+    seen = {}
+    for variant in ('none', 'image'):
+        torch.manual_seed(0)
+        model = memory.create(variant, attention=False, width=32, depth=2).eval()
+        with torch.no_grad():
+            difference = (model.forward_features(x) - model.forward_features(changed)).abs().amax(dim=-1)[0]
+        seen[variant] = int((difference > 1e-6).sum())
+    assert seen == {'none': 1, 'image': 64}
+
+
+def test_no_memory_is_the_layer_norm_of_the_feed_forward_part() -> None:
+    layer = memory.NoMemory(5, 7, num_slots=2, slot_dim=3, write_heads=1, write_mode='never')
+    x = torch.randn(2, 3, 5)
+    torch.testing.assert_close(layer(x), layer.norm(layer.fc2(F.gelu(layer.fc1(x)))))
+
+
+def test_half_an_interval_is_students() -> None:
+    assert memory.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(memory.interval([1.0]))
+
+
+def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ('train', 'test'):
+        for label in range(10):
+            folder = tmp_path / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for i in range(3):
+                to_pil_image(torch.rand(3, 32, 32)).save(folder / f'{i}.png')
+    out = tmp_path / 'results'
+    args = [str(tmp_path), '--out', str(out), '--variants', 'none', 'image', '--width', '16', '--depth', '1']
+    args += ['--images', '3', '--test-images', '2', '--epochs', '1', '--batch-size', '10', '--threads', '1']
+    memory.main([*args, '--seeds', '1'])
+    first = {path.name: path.stat().st_mtime_ns for path in out.glob('*.json')}
+    assert len(first) == 2
+    memory.main([*args, '--seeds', '1', '2'])
+    assert {name: (out / name).stat().st_mtime_ns for name in first} == first  # what has a result is not run again
+    record = json.loads(next(out.glob('image-*-1.json')).read_text())
+    assert {'commit', 'torch', 'timm', 'cpu', 'seed', 'top1', 'log', 'memory', 'seconds'} <= record.keys()
+    capsys.readouterr()
+    memory.main(['--show', str(out)])
+    shown = capsys.readouterr().out
+    assert '| width 16, depth 1, without self-attention | image | 2 |' in shown
+    assert (out / 'memory.png').is_file()
+    with pytest.raises(SystemExit):
+        memory.main([])

@@ -1,0 +1,304 @@
+"""write_rule='distinct' and write_scope='image': slots that stay apart, and a copy of the memory for every image."""
+
+import copy
+import math
+import tarfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.utils import reparameterize_model
+from torch import Tensor
+from torch.func import functional_call
+from torchvision.transforms.functional import pil_to_tensor
+
+from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
+
+CIFAR10 = Path(__file__).parents[2] / 'shared' / 'data' / 'cifar10-jpeg.tar.xz'
+B, N, E = 3, 11, 17
+M, D, S, K = 7, 13, 3, 5
+CLASSES = 5
+VARIANTS: dict[str, dict[str, Any]] = {
+    'distinct': dict(write_rule='distinct'),
+    'image': dict(write_scope='image'),
+    'image, few tokens': dict(write_scope='image', bottleneck=K),
+    'distinct image': dict(write_rule='distinct', write_scope='image', bottleneck=K),
+}
+IMAGE = {name: kwargs for name, kwargs in VARIANTS.items() if 'write_scope' in kwargs}
+variants = partial(pytest.mark.parametrize, 'kwargs')
+
+
+def make_layer(**kwargs: Any) -> GlobalWorkspace:
+    torch.manual_seed(1)
+    sizes = dict(in_features=E, hidden_features=19, num_slots=M, slot_dim=D, write_heads=S, bottleneck=512)
+    layer = GlobalWorkspace(**dict(sizes, **kwargs)).train()
+    layer.auto_balance = False
+    return layer
+
+
+def make_model(**kwargs: Any) -> AssociativeTransformer:
+    torch.manual_seed(1)
+    args = dict(num_classes=CLASSES, depth=2, embed_dim=32, num_heads=2, bottleneck=11)
+    return timm.create_model('test_ait', **dict(args, **kwargs)).train()
+
+
+def tokens(seed: int = 0, images: int = B) -> Tensor:
+    return torch.randn(images, N, E, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+# The equations
+
+
+def reference(layer: GlobalWorkspace, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One training forward, slot by slot: output and memory."""
+    h = layer.norm(layer.fc2(F.gelu(layer.fc1(x))))
+    groups = list(h) if layer.write_scope == 'image' else [h.flatten(0, 1)]
+    written = []
+    for tokens in groups:  # (T, E), those that compete
+        heads = []
+        for s in range(S):
+            rows = slice(s * D, (s + 1) * D)
+            logits = (
+                layer.memory @ layer.query.weight[rows].t() @ (tokens @ layer.key.weight[rows].t()).t() / math.sqrt(D)
+            )
+            lowest = logits.sort(dim=-1, descending=True)[0][:, min(layer.bottleneck, len(tokens)) - 1, None]
+            gates = logits.masked_fill(logits < lowest, -torch.inf).softmax(-1)
+            heads.append(gates @ tokens @ layer.value.weight[rows].t())
+        if layer.write_rule == 'distinct':
+            heads = [head - head.mean(dim=0) for head in heads]
+        update = layer.write_norm(torch.cat(heads, dim=1) @ layer.proj.weight.t() + layer.memory)
+        if layer.write_rule == 'distinct':
+            update = update / update.norm(dim=1, keepdim=True)
+        new = layer.memory_decay * layer.memory + (1 - layer.memory_decay) * update
+        written.append(new / new.norm(dim=1, keepdim=True))
+    each = written if layer.write_scope == 'image' else written * len(x)
+    outputs = []
+    for memory, own in zip(each, h, strict=True):
+        attractors = layer.linear_transform(memory)
+        r = (layer.beta * own @ attractors.t()).softmax(-1) @ attractors
+        outputs.append(own + (r if layer.scale is None else layer.scale * r))
+    mean = torch.stack(written).mean(dim=0)
+    return torch.stack(outputs), mean / mean.norm(dim=1, keepdim=True)
+
+
+@variants(VARIANTS.values(), ids=VARIANTS)
+def test_output_memory_and_gradients_are_those_of_the_equations(kwargs: dict[str, Any]) -> None:
+    layer = make_layer(**kwargs, balance_weight=0.0).double()
+    x = tokens().double().requires_grad_()
+    expected, memory = reference(layer, x)
+    params = [p for p in layer.parameters() if p.requires_grad]
+    direction = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * direction).sum(), [x, *params])
+    found = layer(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(layer.memory, memory)
+    torch.testing.assert_close(torch.autograd.grad((found * direction).sum(), [x, *params]), gradients)
+
+
+@variants(VARIANTS.values(), ids=VARIANTS)
+def test_gradients_pass_gradcheck(kwargs: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    sizes = dict(num_slots=3, slot_dim=3, write_heads=2)
+    layer = GlobalWorkspace(3, 2, **{**sizes, **kwargs, 'bottleneck': 2}).double().train()
+    layer.auto_balance = False
+    names, params = zip(*layer.named_parameters(), strict=True)
+    x, memory = torch.randn(2, 3, 3).double().requires_grad_(), layer.memory.clone()
+
+    def forward(x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        out = functional_call(layer, {**dict(zip(names, params, strict=True)), 'memory': memory.clone()}, (x,))
+        return out, layer.balance_loss()
+
+    assert torch.autograd.gradcheck(forward, (x, *[p.detach().clone().requires_grad_() for p in params]), atol=1e-6)
+
+
+@variants(VARIANTS.values(), ids=VARIANTS)
+def test_every_parameter_gets_a_gradient(kwargs: dict[str, Any]) -> None:
+    model = make_model(**kwargs)
+    F.cross_entropy(model(images(4)), torch.arange(4)).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+
+
+@variants(VARIANTS.values(), ids=VARIANTS)
+def test_a_layer_that_is_called_computes_what_the_formula_reads_from_a_plain_one(kwargs: dict[str, Any]) -> None:
+    plain, called = make_layer(**kwargs), make_layer(**kwargs)
+    for layer in (called.query, called.value, called.proj):
+        layer.register_forward_hook(lambda module, args, out: None)
+    torch.testing.assert_close(called(tokens()), plain(tokens()))
+    torch.testing.assert_close(called.memory, plain.memory)
+
+
+# Distinct slots
+
+
+def assert_distinct(model: AssociativeTransformer, x: Tensor) -> None:
+    for block in memory_report(model, x):
+        assert block.mean_cosine < 0.3
+        assert block.effective_rank > model.blocks[0].mlp.num_slots / 4
+
+
+@pytest.mark.parametrize('scope', ['batch', 'image'])
+@pytest.mark.parametrize('name', ['test_ait', 'ait_small_patch4_32'])
+def test_a_hundred_writes_of_noise_leave_the_slots_distinct_where_the_published_rule_makes_them_one(
+    name: str, scope: str
+) -> None:
+    torch.manual_seed(0)
+    small = dict(embed_dim=96, num_heads=4) if name != 'test_ait' else {}
+    distinct, published = (
+        timm.create_model(name, write_rule=rule, write_scope=scope, **small).train()
+        for rule in ('distinct', 'published')
+    )
+    with torch.no_grad():
+        for _ in range(100):
+            x = torch.randn(8, 3, 32, 32)
+            distinct.forward_features(x)
+            published.forward_features(x)
+    assert_distinct(distinct, x)
+    assert all(block.mean_cosine > 0.99 for block in memory_report(published, x))
+
+
+@pytest.mark.skipif(not CIFAR10.is_file(), reason=f'no images: there is no file {CIFAR10}')
+@pytest.mark.parametrize('scope', ['batch', 'image'])
+def test_a_hundred_writes_of_photographs_leave_the_slots_distinct(scope: str) -> None:
+    pictures = []
+    with tarfile.open(CIFAR10) as archive:
+        while len(pictures) < 800:
+            member = archive.next()
+            if member.isfile():
+                pictures.append(pil_to_tensor(Image.open(archive.extractfile(member))))
+    x = torch.stack(pictures)[torch.randperm(800, generator=torch.Generator().manual_seed(0))] / 63.75 - 2
+    torch.manual_seed(0)
+    model = timm.create_model('test_ait', write_rule='distinct', write_scope=scope).train()
+    with torch.no_grad():
+        for part in x.split(8):
+            model.forward_features(part)
+    assert_distinct(model, x[:64])
+
+
+@pytest.mark.parametrize('scope', ['batch', 'image'])
+def test_after_training_the_slots_are_still_distinct(scope: str) -> None:
+    model = make_model(write_rule='distinct', write_scope=scope)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+    labels = torch.randint(0, CLASSES, (60,))
+    x = 0.5 * torch.randn(60, 3, 32, 32) + torch.randn(CLASSES, 3, 32, 32)[labels]  # images with something in common
+    for i in range(120):
+        part = slice(20 * (i % 3), 20 * (i % 3) + 20)
+        loss = F.cross_entropy(model(x[part]), labels[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
+    assert_distinct(model, x)
+
+
+def test_the_first_memory_is_orthogonal_and_a_write_moves_it_by_the_rate_that_the_decay_says() -> None:
+    layer = make_layer(write_rule='distinct')
+    torch.testing.assert_close(layer.memory @ layer.memory.t(), torch.eye(M), rtol=0, atol=1e-5)
+    before = layer.memory.clone()
+    layer(tokens())
+    assert ((layer.memory * before).sum(dim=-1) > 0.97).all()  # unit rows: 0.9 old and 0.1 new
+    published = make_layer()
+    published.memory.copy_(before)
+    published(tokens())
+    assert ((published.memory * before).sum(dim=-1) < (layer.memory * before).sum(dim=-1)).all()
+
+
+def test_one_slot_has_nothing_to_be_distinct_from() -> None:
+    layer = make_layer(write_rule='distinct', num_slots=1)
+    before = layer.memory.clone()
+    layer(tokens())
+    assert not torch.equal(layer.memory, before)
+
+
+# A workspace for every image
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
+@variants(IMAGE.values(), ids=IMAGE)
+def test_an_image_alone_and_in_batches_of_7_and_64_has_the_same_logits(kwargs: dict[str, Any], training: bool) -> None:
+    model = make_model(**kwargs)
+    model(images(5))
+    x, logits = images(64), []
+    with torch.no_grad():
+        for size in (1, 7, 64):
+            twin = copy.deepcopy(model).train(training)
+            starts = [copy.deepcopy(twin) for _ in x.split(size)]
+            logits.append(torch.cat([start(part) for start, part in zip(starts, x.split(size), strict=True)]))
+    torch.testing.assert_close(logits[0], logits[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[1], logits[2], rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_reads_the_image_at_hand_and_leaves_the_memory() -> None:
+    model = make_model(write_scope='image').eval()
+    before = [block.mlp.memory.clone() for block in model.blocks]
+    seen: list[Tensor] = []
+    model.blocks[0].mlp.linear_transform.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        model(images(2))
+    assert seen[0].shape == (2, 16, 16)
+    assert not torch.allclose(seen[0][0], seen[0][1], atol=1e-4)
+    assert all(torch.equal(block.mlp.memory, memory) for block, memory in zip(model.blocks, before, strict=True))
+
+
+@pytest.mark.parametrize('poison', [math.nan, math.inf])
+def test_an_image_that_is_not_finite_spoils_neither_the_memory_nor_other_images(poison: float) -> None:
+    layer, healthy = make_layer(write_scope='image'), make_layer(write_scope='image')
+    x = tokens()
+    x[1, 3, 5] = poison
+    out, expected = layer(x), healthy(tokens())
+    torch.testing.assert_close(out[[0, 2]], expected[[0, 2]])
+    assert layer.memory.isfinite().all()
+    torch.testing.assert_close(layer.memory.norm(dim=-1), torch.ones(M))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
+@variants(IMAGE.values(), ids=IMAGE)
+def test_scripted_exported_and_compiled_it_gives_the_same_logits(kwargs: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    model, x = make_model(**kwargs).eval(), images(4)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-5)
+        batch = torch.export.Dim('batch', min=1, max=64)
+        exported = torch.export.export(model, (x,), dynamic_shapes=((({0: batch}),))).module()
+        torch.testing.assert_close(exported(images(7)), model(images(7)))
+        torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(x), expected)
+        assert torch.equal(reparameterize_model(model)(x), expected)
+
+
+@pytest.mark.parametrize('backend', ['aot_eager', None])
+@variants(VARIANTS.values(), ids=VARIANTS)
+def test_compiled_or_checkpointed_training_is_that_of_eager(kwargs: dict[str, Any], backend: str | None) -> None:
+    torch._dynamo.reset()
+    model, other = make_model(**kwargs), make_model(**kwargs)
+    if backend is None:
+        other.set_grad_checkpointing()
+    call = other if backend is None else torch.compile(other, backend=backend, fullgraph=True)
+    for forward in (model, call):
+        (F.cross_entropy(forward(images(4)), torch.arange(4)) / 4).backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for a, b in zip(model.blocks, other.blocks, strict=True):
+        torch.testing.assert_close(b.mlp.memory, a.mlp.memory, rtol=0, atol=1e-5)
+
+
+def test_a_fused_model_with_a_gain_on_the_paper_block_gives_the_same_logits() -> None:
+    model = make_model(write_rule='distinct').eval()
+    with torch.no_grad():
+        model.blocks[0].mlp.scale.uniform_(0.5, 2)
+        assert torch.equal(reparameterize_model(model)(images(3)), model(images(3)))
+
+
+@pytest.mark.parametrize('name', ['write_rule', 'write_scope'])
+def test_an_unknown_rule_or_scope_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be one of \('\w+', '\w+'\), got 'other'"):
+        make_layer(**{name: 'other'})
