@@ -25,7 +25,7 @@ import ablations
 import baselines
 import torch
 from loop import Data, OutOfTimeError, Settings, evaluate, fit
-from memory import interval
+from memory import T, interval
 from record import write_record
 from torch import nn
 from upcycle import load
@@ -185,6 +185,8 @@ def gather(folder: Path) -> dict[str, dict[str, list[Any]]]:
 def mean_and_interval(records: list[Any]) -> tuple[float, float]:
     """Mean of the test accuracies, and half of its 95 % interval, NaN for one seed."""
     values = [record['top1'] for record in records]
+    if len(values) - 1 > max(T):
+        raise ValueError(f'expected at most {max(T) + 1} seeds of a row, got {len(values)}; remove some of the results')
     return statistics.mean(values), interval(values)
 
 
@@ -211,7 +213,7 @@ def draw(rows: dict[str, list[Any]], heading: str, path: Path) -> None:
         axes.plot([record['top1'] for record in records], [y] * len(records), 'o', color='tab:gray', alpha=0.6)
         axes.errorbar(mean, y, xerr=half if len(records) > 1 else None, fmt='s', color='tab:blue', capsize=4)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axes.set(xlabel='top-1 accuracy, %: each seed, mean and 95 % interval')
     axes.set_title(heading, fontsize='small', wrap=True)
     figure.savefig(path, dpi=110)
