@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from baselines import LIKE_VIT_B, Baseline, Head, Stem
+from memory import NoAttention, NoMemory
 from mixers import CrossAttention, ViT
 from torch import Tensor, nn
 
@@ -22,14 +23,6 @@ HEADS = ('flatten', 'avg')
 ALL_TOKENS = 2**31  # a bottleneck that no batch reaches
 SIZES: dict[str, Any] = dict(LIKE_VIT_B, depth=2)  # of the paper's ablations
 REGISTERS = 'vit_registers'
-
-
-class NoMemory(GlobalWorkspace):
-    """Without memory: the LayerNorm on the output of the feed-forward part remains."""
-
-    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
-        """Return ``h`` (B, N, E)."""
-        return h
 
 
 class CrossAttentionRead(GlobalWorkspace):
@@ -56,14 +49,6 @@ class OrthogonalMemory(GlobalWorkspace):
         """Start from orthogonal slots; more than ``slot_dim`` of them cannot all be orthogonal."""
         super().reset_parameters()
         nn.init.orthogonal_(self.memory)
-
-
-class NoAttention(nn.Module):
-    """Nothing, in the place of self-attention."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Zeros (B, N, E)."""
-        return torch.zeros_like(x)
 
 
 class RegisterViT(ViT):

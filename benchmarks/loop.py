@@ -6,6 +6,7 @@ bit.
 
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,6 +68,10 @@ class Settings:
     bfloat16: bool = False
 
 
+class OutOfTimeError(Exception):
+    """A run was stopped at its deadline."""
+
+
 def fit(
     model: nn.Module,
     data: Data,
@@ -75,6 +80,7 @@ def fit(
     save_every: int | None = None,
     workers: int = 0,
     name: str = '',
+    deadline: float | None = None,
 ) -> list[dict[str, float]]:
     """Train a classifier. If the checkpoint exists, go on from there.
 
@@ -88,11 +94,13 @@ def fit(
         save_every: Steps between two checkpoints; an epoch by default. The last step is always saved.
         workers: Processes that load a data set.
         name: Title of the progress bar.
+        deadline: When to stop before the end, after a step and a checkpoint; seconds of ``time.monotonic``.
 
     Returns:
         For each epoch, the mean training loss and the training accuracy in percent.
 
     Raises:
+        OutOfTimeError: At the deadline, unless that step was the last.
         ValueError: If there are fewer images than a batch, if the checkpoint is of another run, or if the loss is not
             finite.
     """
@@ -119,6 +127,10 @@ def fit(
                     save(run.state(), checkpoint)
                 if run.step == run.steps:
                     break
+                if deadline is not None and time.monotonic() >= deadline:
+                    if checkpoint is not None:
+                        save(run.state(), checkpoint)
+                    raise OutOfTimeError(f'stopped after step {run.step} of {run.steps}')
         bar.close()
     return run.log
 

@@ -1,6 +1,7 @@
 """Write a result together with what is needed to measure it again: machine, versions, commit and arguments."""
 
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -29,7 +30,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_record(path: Path, arguments: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """Write environment, arguments and results as JSON.
+    """Write environment, arguments and results as JSON: all of it, or nothing if the process is killed meanwhile.
 
     Args:
         path: File to write; its folder is created.
@@ -42,5 +43,10 @@ def write_record(path: Path, arguments: dict[str, Any], results: dict[str, Any])
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
     record = {**environment(), 'arguments': arguments, **results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + '\n')
+    scratch = path.with_name(f'{path.name}.tmp')
+    with scratch.open('w') as file:
+        file.write(json.dumps(record, indent=1) + '\n')
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
     return record

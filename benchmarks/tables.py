@@ -1,0 +1,315 @@
+"""The tables of the paper and more: models of `baselines.py` and `ablations.py`, over seeds.
+
+    python benchmarks/tables.py cifar10 DIR --rows ait ait_no_memory vit_small    # DIR/{train,test}/<class>/*
+    python benchmarks/tables.py sort_of_clevr --questions all --steps 20000 --minutes 60
+    python benchmarks/tables.py --show output/tables                              # from the results alone
+
+Each run writes one JSON file when it has finished, and checkpoints on its way. Call again after a stop: finished runs
+stay, and the others go on. The name of a file depends on all settings, so results of other settings never mix.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ablations
+import baselines
+import torch
+from loop import Data, OutOfTimeError, Settings, evaluate, fit
+from memory import T, interval
+from record import write_record
+from torch import nn
+from upcycle import load
+
+from timm_ait.datasets import AssociativeRecall, SortOfClevr, Triangle
+from timm_ait.sort_of_clevr import KINDS
+
+ROWS = (*ablations.NAMES, *baselines.CATALOGUE)
+DEFAULT_ROWS = ('ait', 'ait_no_memory', 'vit_small', 'vit_registers', 'coordination', 'set_transformer', 'perceiver')
+
+
+def load_cifar10(args: argparse.Namespace, split: str, size: int) -> Data:
+    """Read JPEG files into memory: uint8 (N, 3, 32, 32) and labels (N,), equally many of each class."""
+    if args.data is None:
+        raise ValueError('cifar10 needs a folder of images, with train/<class>/* and test/<class>/* in it')
+    return load(args.data / split, 0, max(size // 10, 1))
+
+
+def draw_scenes(args: argparse.Namespace, split: str, size: int) -> Data:
+    """Scenes with ten questions of each kind."""
+    return SortOfClevr(split, size, kinds=KINDS if args.questions == 'all' else (args.questions,))
+
+
+def draw_recall(args: argparse.Namespace, split: str, size: int) -> Data:
+    """Pairs of keys and values among patches of 4x4."""
+    return AssociativeRecall(split, size, grid=args.grid, num_pairs=args.pairs)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A table.
+
+    Attributes:
+        data: Makes a split, 'train' or 'test', of a size, from the arguments.
+        img_size: Side of the images; None for four times the grid.
+        patch_size: Side of a patch.
+        num_classes: Classes or answers.
+        sizes: Images, or scenes, for training and for test.
+        question_dim: Bits of a question.
+        augment: Whether training images are mirrored and shifted.
+        batch_size: By default.
+        pos_embed: Whether tokens say where they are, by default.
+        head: What the classifier reads, by default.
+        top_k: Tokens that a slot of Coordination may read.
+    """
+
+    data: Callable[[argparse.Namespace, str, int], Data]
+    img_size: int | None
+    patch_size: int
+    num_classes: int
+    sizes: tuple[int, int]
+    question_dim: int = 0
+    augment: bool = False
+    batch_size: int = 128
+    pos_embed: bool = False
+    head: str = 'flatten'
+    top_k: int = 20
+
+
+TASKS: dict[str, Task] = {
+    'cifar10': Task(load_cifar10, 32, 4, 10, (50_000, 10_000), augment=True),
+    'sort_of_clevr': Task(draw_scenes, 75, 15, 10, (9_800, 200), question_dim=18, batch_size=64, top_k=5),
+    'triangle': Task(lambda args, split, size: Triangle(split, size), 64, 32, 2, (50_000, 10_000)),
+    'recall': Task(draw_recall, None, 4, 10, (50_000, 10_000), pos_embed=True, head='avg'),
+}
+SETTINGS = (
+    *('table', 'train', 'test', 'width', 'depth', 'mlp_ratio', 'head', 'pos_embed'),
+    *('batch_size', 'lr', 'weight_decay', 'bfloat16'),
+)
+OF_ONE_TABLE = {'sort_of_clevr': ('questions',), 'recall': ('grid', 'pairs')}
+
+
+def create(row: str, args: argparse.Namespace) -> nn.Module:
+    """Make the model of a row. A width, depth or MLP ratio that is None is the row's own."""
+    task = TASKS[args.table]
+    sizes: dict[str, Any] = dict(embed_dim=args.width, depth=args.depth, mlp_ratio=args.mlp_ratio)
+    if args.width is not None:
+        sizes['num_heads'] = max(args.width // 64, 1)  # of the paper's width
+    if row in ('coordination', 'coordination_h'):
+        sizes['top_k'] = task.top_k
+    make = ablations.create if row in ablations.NAMES else baselines.create
+    return make(
+        row,
+        img_size=task.img_size or 4 * args.grid,
+        patch_size=task.patch_size,
+        num_classes=task.num_classes,
+        question_dim=task.question_dim,
+        pos_embed=args.pos_embed,
+        head=args.head,
+        **{name: size for name, size in sizes.items() if size is not None},
+    )
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides a result, apart from row and seed."""
+    length = 'epochs' if args.steps is None else 'steps'
+    return {name: getattr(args, name) for name in (*SETTINGS, length, *OF_ONE_TABLE.get(args.table, ()))}
+
+
+def title(args: argparse.Namespace, row: str, seed: int) -> str:
+    """Name of a run, which differs for other settings."""
+    digest = hashlib.sha256(json.dumps(settings_of(args), sort_keys=True).encode()).hexdigest()
+    return f'{args.table}-{row}-{seed}-{digest[:8]}'
+
+
+def train(row: str, seed: int, args: argparse.Namespace, data: Data, deadline: float | None = None) -> Any:
+    """Train the model of a row, from its checkpoint on if there is one.
+
+    Returns:
+        The model, its settings, the log and the checkpoint.
+
+    Raises:
+        OutOfTimeError: At the deadline.
+    """
+    task = TASKS[args.table]
+    torch.manual_seed(seed)
+    model = create(row, args).to(args.device)
+    settings = Settings(
+        lr=args.lr,
+        epochs=args.epochs,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        weight_decay=args.weight_decay,
+        flip=task.augment,
+        shift=4 if task.augment else 0,
+        seed=seed,
+        bfloat16=args.bfloat16,
+    )
+    name = title(args, row, seed)
+    checkpoint = args.out / 'checkpoints' / f'{name}.pt'
+    log = fit(model, data, settings, checkpoint, args.save_every, args.workers, name, deadline)
+    return model, settings, log, checkpoint
+
+
+def run(row: str, seed: int, args: argparse.Namespace, data: dict[str, Data], deadline: float | None) -> float:
+    """Train and test one model, and write its result before the checkpoint goes; the test accuracy in percent."""
+    model, settings, log, checkpoint = train(row, seed, args, data['train'], deadline)
+    top1 = evaluate(model, data['test'], settings, workers=args.workers)
+    parameters = ablations.count_parameters(model)
+    results = {'row': row, 'seed': seed, 'top1': top1, 'log': log, 'parameters': parameters, 'command': args.command}
+    write_record(args.out / f'{title(args, row, seed)}.json', settings_of(args), results)
+    checkpoint.unlink(missing_ok=True)
+    return top1
+
+
+def gather(folder: Path) -> dict[str, dict[str, list[Any]]]:
+    """Results by their settings, as text, then by row."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for path in sorted(folder.glob('*.json')):
+        record = json.loads(path.read_text())
+        arguments = {name: value for name, value in record['arguments'].items() if value not in (None, False)}
+        settings = ', '.join(f'{name} {value}' for name, value in arguments.items() if name != 'table')
+        found.setdefault(f'{arguments["table"]}: {settings}', {}).setdefault(record['row'], []).append(record)
+    return {key: dict(sorted(rows.items(), key=lambda item: ROWS.index(item[0]))) for key, rows in found.items()}
+
+
+def mean_and_interval(records: list[Any]) -> tuple[float, float]:
+    """Mean of the test accuracies, and half of its 95 % interval, NaN for one seed."""
+    values = [record['top1'] for record in records]
+    if len(values) - 1 > max(T):
+        raise ValueError(f'expected at most {max(T) + 1} seeds of a row, got {len(values)}; remove some of the results')
+    return statistics.mean(values), interval(values)
+
+
+def format_table(rows: dict[str, list[Any]]) -> str:
+    """A table in Markdown."""
+    lines = ['| model | trained parameters, M | seeds | top-1, % | training loss |', '|---|---|---|---|---|']
+    for row, records in rows.items():
+        mean, half = mean_and_interval(records)
+        loss = statistics.mean(record['log'][-1]['loss'] for record in records)
+        spread = f' ± {half:.2f}' if len(records) > 1 else ''
+        parameters = records[0]['parameters'] / 1e6
+        lines.append(f'| {row} | {parameters:.2f} | {len(records)} | {mean:.2f}{spread} | {loss:.3f} |')
+    return '\n'.join(lines)
+
+
+def draw(rows: dict[str, list[Any]], heading: str, path: Path) -> None:
+    """Draw each run as a point, and each mean with its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.5 + 0.4 * len(rows)), layout='constrained', facecolor='white')
+    axes = figure.subplots()
+    for y, records in enumerate(rows.values()):
+        mean, half = mean_and_interval(records)
+        axes.plot([record['top1'] for record in records], [y] * len(records), 'o', color='tab:gray', alpha=0.6)
+        axes.errorbar(mean, y, xerr=half if len(records) > 1 else None, fmt='s', color='tab:blue', capsize=4)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    axes.set(xlabel='top-1 accuracy, %: each seed, mean and 95 % interval')
+    axes.set_title(heading, fontsize='small', wrap=True)
+    figure.savefig(path, dpi=110)
+
+
+def show(folder: Path) -> None:
+    """Print and draw one table for each setting."""
+    found = gather(folder)
+    if not found:
+        raise ValueError(f'expected results in {folder}, got none; run a table with --out {folder} first')
+    for number, (heading, rows) in enumerate(found.items()):
+        picture = folder / f'{heading.split(":")[0]}-{number}.png'
+        print(f'{heading}\n\n{format_table(rows)}\n')
+        draw(rows, heading, picture)
+
+
+def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('table', nargs='?', choices=TASKS)
+    parser.add_argument('data', nargs='?', type=Path, help='folder of images, for cifar10')
+    parser.add_argument('--show', type=Path, metavar='DIR', help='print and draw the tables of these results')
+    parser.add_argument('--out', type=Path, default=Path('output/tables'))
+    parser.add_argument('--rows', nargs='+', choices=ROWS, default=DEFAULT_ROWS, metavar='ROW', help=', '.join(ROWS))
+    parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
+    parser.add_argument('--minutes', type=float, help='stop after so many, to go on at the next call')
+    parser.add_argument('--questions', choices=('all', *KINDS), default='binary', help='of sort_of_clevr')
+    parser.add_argument('--grid', type=int, default=16, help='patches a side of recall')
+    parser.add_argument('--pairs', type=int, default=8, help='of recall')
+    parser.add_argument('--train', type=int, help="images or scenes to train on; by default the table's own number")
+    parser.add_argument('--test', type=int, help='the same for the test')
+    parser.add_argument('--width', type=int, help="of a token; by default each row's own, as are depth and MLP ratio")
+    parser.add_argument('--depth', type=int)
+    parser.add_argument('--mlp-ratio', type=float)
+    parser.add_argument('--head', choices=ablations.HEADS, help="what the classifier reads; the table's own by default")
+    parser.add_argument('--pos-embed', action=argparse.BooleanOptionalAction, help='whether tokens have positions')
+    parser.add_argument('--epochs', type=int, default=10)
+    parser.add_argument('--steps', type=int, help='instead of epochs')
+    parser.add_argument('--batch-size', type=int)
+    parser.add_argument('--lr', type=float, default=1e-3)
+    parser.add_argument('--weight-decay', type=float, default=0.05)
+    parser.add_argument('--bfloat16', action='store_true')
+    parser.add_argument('--save-every', type=int, default=500, help='steps between checkpoints')
+    parser.add_argument('--workers', type=int, default=0, help='processes that draw images')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    return parser
+
+
+def complete(args: argparse.Namespace, argv: list[str] | None, script: str = 'tables.py') -> argparse.Namespace:
+    """Fill in what the table decides, and the command that was given."""
+    task = TASKS[args.table]
+    defaults = dict(batch_size=task.batch_size, pos_embed=task.pos_embed, head=task.head)
+    for name, value in {**defaults, 'train': task.sizes[0], 'test': task.sizes[1]}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    words = sys.argv[1:] if argv is None else argv
+    words = ['DIR' if args.data is not None and word == str(args.data) else word for word in words]
+    args.command = shlex.join(['python', f'benchmarks/{script}', *words])
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what has no result yet, seed by seed; or show the results."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.show is not None:
+            return show(args.show)
+        if args.table is None:
+            parser.error('give a table, or --show')
+        run_all(complete(args, argv))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Run what has no result yet, one seed after the other, until the time is over."""
+    start = time.monotonic()
+    deadline = None if args.minutes is None else start + 60 * args.minutes
+    torch.set_num_threads(args.threads)
+    todo = [(row, seed) for seed in args.seeds for row in args.rows]
+    todo = [(row, seed) for row, seed in todo if not (args.out / f'{title(args, row, seed)}.json').exists()]
+    if not todo:
+        print(f'all is there; python benchmarks/tables.py --show {args.out} prints it')
+        return
+    make = partial(TASKS[args.table].data, args)
+    data = {'train': make('train', args.train), 'test': make('test', args.test)}
+    for row, seed in todo:
+        try:
+            top1 = run(row, seed, args, data, deadline)
+        except OutOfTimeError as error:
+            print(f'{row}, seed {seed}: {error}; the same command goes on from there')
+            return
+        print(f'{row}, seed {seed}: {top1:.2f} %', flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,208 @@
+"""The runner of the tables: every path at toy size."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import batch_sizes
+import tables
+
+TOY = '--width 16 --depth 1 --train 20 --test 20 --epochs 2 --batch-size 5 --threads 1'.split()
+BOTH = ['--rows', 'ait', 'vit_small']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 in small: three images in each class and split."""
+    data, rng = tmp_path_factory.mktemp('cifar10'), np.random.default_rng(0)
+    for split in ('train', 'test'):
+        for label in range(10):
+            (data / split / str(label)).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / split / str(label) / f'{i}.jpg')
+    return data
+
+
+def results(out: Path) -> dict[str, Any]:
+    records = (json.loads(path.read_text()) for path in out.glob('*.json'))
+    return {f'{record["row"]}-{record["seed"]}': record for record in records}
+
+
+def measured(out: Path) -> dict[str, Any]:
+    return {name: (record['top1'], record['log']) for name, record in results(out).items()}
+
+
+def test_cifar10_runs_resumes_and_is_shown(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ['cifar10', str(folder), *TOY, *BOTH, '--seeds', '1', '2', '--out', str(tmp_path)]
+    tables.main(command)
+    found = results(tmp_path)
+    assert found.keys() == {'ait-1', 'ait-2', 'vit_small-1', 'vit_small-2'}
+    record = found['ait-2']
+    assert len(record['log']) == 2
+    assert {'commit', 'cpu', 'torch', 'timm', 'python', 'seed', 'command', 'arguments'} <= record.keys()
+    assert record['command'].startswith('python benchmarks/tables.py cifar10 DIR --width 16 --depth 1')
+    assert record['arguments']['width'] == 16
+    assert str(folder) not in json.dumps(record)
+    assert not list((tmp_path / 'checkpoints').iterdir())
+
+    capsys.readouterr()
+    monkeypatch.setattr(tables, 'fit', None)  # nothing is left to train
+    tables.main(command)
+    assert 'all is there' in capsys.readouterr().out
+    tables.main(['--show', str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][1:]
+    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+    assert [row[0] for row in cells] == ['ait', 'vit_small']
+    accuracies = [found[f'ait-{seed}']['top1'] for seed in (1, 2)]
+    mean, half = (float(number) for number in cells[0][3].split(' ± '))
+    assert (cells[0][2], mean) == ('2', pytest.approx(sum(accuracies) / 2, abs=0.006))
+    assert half == pytest.approx(12.706 * abs(accuracies[0] - accuracies[1]) / 2, abs=0.006)  # t of one degree
+    assert float(cells[0][1]) == pytest.approx(found['ait-1']['parameters'] / 1e6, abs=0.005)
+    assert len(list(tmp_path.glob('cifar10-*.png'))) == 1
+
+
+@pytest.mark.parametrize(
+    'table',
+    [
+        ['sort_of_clevr', '--questions', 'binary'],
+        ['sort_of_clevr', '--questions', 'all'],
+        ['triangle', '--steps', '3'],
+        ['recall', '--grid', '4', '--pairs', '2'],
+    ],
+    ids=' '.join,
+)
+def test_drawn_tables_run(table: list[str], tmp_path: Path) -> None:
+    size = ['--train', '2', '--test', '1'] if table[0] == 'sort_of_clevr' else []
+    tables.main([*table, *TOY, *size, *BOTH, '--seeds', '3', '--out', str(tmp_path)])
+    found = results(tmp_path)
+    assert found.keys() == {'ait-3', 'vit_small-3'}
+    assert all(0 <= record['top1'] <= 100 for record in found.values())
+    settings = found['ait-3']['arguments']
+    assert settings.get('questions') == (table[2] if table[0] == 'sort_of_clevr' else None)
+    assert ('grid' in settings) == (table[0] == 'recall')
+    assert ('steps' in settings) == (table[0] == 'triangle')
+
+
+@pytest.mark.parametrize('row', tables.ROWS)
+@pytest.mark.parametrize('table', tables.TASKS)
+def test_every_row_can_be_made_for_every_table(table: str, row: str) -> None:
+    args = tables.complete(tables.make_parser().parse_args([table, '--width', '64', '--depth', '1']), [])
+    with torch.device('meta'):
+        model = tables.create(row, args)
+    (classes,) = {tables.TASKS[table].num_classes}
+    heads = [module for name, module in model.named_modules() if name in ('head', 'head.fc')]
+    assert heads[-1].out_features == classes
+
+
+def test_the_time_budget_stops_a_run_and_the_next_calls_end_as_if_it_had_not(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ['cifar10', str(folder), *TOY, '--rows', 'ait_reset', '--seeds', '1', '--out']
+    tables.main([*command, str(tmp_path / 'whole')])
+    parts = tmp_path / 'parts'
+    for step in range(1, 8):
+        tables.main([*command, str(parts), '--minutes', '0'])
+        assert f'stopped after step {step} of 8; the same command goes on' in capsys.readouterr().out
+        assert not results(parts)
+    tables.main([*command, str(parts), '--minutes', '0'])
+    assert measured(parts) == measured(tmp_path / 'whole')
+
+
+def test_a_killed_run_loses_no_finished_row(folder: Path, tmp_path: Path) -> None:
+    start = ['cifar10', str(folder), *TOY, '--rows', 'ait', '--out', str(tmp_path), '--seeds']
+    command = [*start, *map(str, range(1, 40))]
+    process = subprocess.Popen([sys.executable, tables.__file__, *command], stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(list(tmp_path.glob('*.json'))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    before = measured(tmp_path)  # all of them can be read
+    assert 2 <= len(before) < 39
+    seeds = [str(seed) for seed in range(1, len(before) + 2)]
+    tables.main([*start, *seeds])
+    after = measured(tmp_path)
+    assert len(after) == len(before) + 1
+    assert {name: after[name] for name in before} == before
+
+
+def test_results_of_other_settings_never_mix(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for width in ('16', '32'):
+        tables.main(
+            ['cifar10', str(folder), *TOY, '--width', width, '--rows', 'ait', '--seeds', '1', '--out', str(tmp_path)]
+        )
+    capsys.readouterr()
+    tables.main(['--show', str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert len(results(tmp_path)) == 1  # one row and seed,
+    assert len(list(tmp_path.glob('*.json'))) == shown.count('| ait |') == 2  # with two settings
+    assert 'width 16' in shown
+    assert 'width 32' in shown
+    assert len(list(tmp_path.glob('*.png'))) == 2
+
+
+def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {
+        'give a table, or --show': [],
+        'cifar10 needs a folder of images': ['cifar10'],
+        'expected results in': ['--show', str(tmp_path)],
+        "invalid choice: 'ait_base'": ['triangle', '--rows', 'ait_base'],
+        'lower batch_size': ['triangle', *TOY, '--batch-size', '21'],
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(SystemExit):
+            tables.main([*arguments, '--out', str(tmp_path / 'out')])
+        assert message in capsys.readouterr().err
+
+
+def test_more_seeds_than_the_table_of_t_knows_are_refused() -> None:
+    records = [dict(top1=float(seed)) for seed in range(11)]
+    assert tables.mean_and_interval(records[:10])[0] == 4.5
+    with pytest.raises(ValueError, match='expected at most 10 seeds of a row, got 11'):
+        tables.mean_and_interval(records)
+
+
+# Batch sizes
+
+
+def test_the_looped_workspace_with_our_weights_is_ours_while_it_writes() -> None:
+    torch.manual_seed(0)
+    ours = tables.create('ait', tables.complete(tables.make_parser().parse_args(['cifar10', *TOY]), [])).eval()
+    for block in ours.blocks:  # unit rows, as after a write
+        block.mlp.memory.copy_(torch.nn.functional.normalize(block.mlp.memory, dim=-1))
+        block.mlp.write_mode = 'always'
+    theirs, images = batch_sizes.loop_heads(ours), torch.randn(11, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(theirs(images), ours(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('table', ['cifar10', 'sort_of_clevr'])
+def test_only_our_accuracy_is_the_same_at_every_batch_size(
+    table: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [str(folder)] if table == 'cifar10' else []
+    size = ['--train', '2', '--test', '2'] if table == 'sort_of_clevr' else []
+    batch_sizes.main([table, *data, *TOY, *size, '--lr', '0.01', '--out', str(tmp_path)])
+    record = json.loads((tmp_path / 'batch_sizes.json').read_text())
+    assert record['command'].startswith(f'python benchmarks/batch_sizes.py {table}')
+    ours, theirs = record['batch_sizes'].values()
+    assert list(ours) == ['1', '7', '64', '512']
+    assert len({size['top1'] for size in ours.values()}) == 1
+    assert max(size['difference'] for size in ours.values()) < 1e-4
+    assert theirs['64']['difference'] > 1e-3
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first == '| batch size | 1 | 7 | 64 | 512 |'
+    assert len(rows) == 5
