@@ -64,10 +64,10 @@ class _Sums:
 
     def see_retrieval(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook on the retrieval."""
-        _, h, attractors = args[:3]
+        _, h, attractors, scale = args
         assert self.last_shares is not None
         shares = self.last_shares.float().view(*h.shape[:-1], -1)  # (T, M) or (B, N, M) -> (B, N, M)
-        r = shares @ attractors.float()  # (B, N, E)
+        r = shares @ attractors.float() * (1 if scale is None else scale)  # (B, N, E)
         means = r.mean(dim=1)
         self.shares = self.shares + shares.sum(dim=(0, 1))
         self.tokens += h.shape[0] * h.shape[1]
