@@ -6,14 +6,16 @@ PYTHON := .venv/bin/python
 demo: .venv/demo.stamp
 lint unit timm-suite: .venv/test.stamp
 docs: .venv/docs.stamp
+clients: .venv/clients.stamp
 endif
 
-.PHONY: help demo test lint unit timm-suite docs clean
+.PHONY: help demo test lint unit timm-suite clients docs clean
 
 help:
 	@echo 'make demo        fine-tune a small AiT on real digits, in less than three minutes on two cores'
 	@echo 'make test        lint, formatting, types and all tests'
 	@echo 'make timm-suite  the model tests of the installed timm alone'
+	@echo 'make clients     tests with Lightning, transformers, peft and other training libraries'
 	@echo 'make docs        the documentation, in the folder site'
 	@echo 'make clean       remove environments, caches and outputs'
 
@@ -32,6 +34,9 @@ unit:
 
 timm-suite:
 	$(PYTHON) tests/timm_suite.py $(ARGS)
+
+clients:
+	$(PYTHON) -m pytest -ra tests/clients $(ARGS)
 
 docs:
 	$(PYTHON) -m mkdocs build --strict $(ARGS)

@@ -1,6 +1,7 @@
 """DistributedDataParallel on gloo processes: one memory, the right gradients, one collective."""
 
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,10 +12,14 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 import torch.multiprocessing as mp
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from timm_ait import AssociativeTransformer
 from timm_ait.distributed import merge_heads
@@ -202,6 +207,97 @@ def check_a_compiled_model_agrees_with_eager(rank: int, world: int) -> None:
             t(*batch(100 * rank + i))['loss'].backward()
     assert_same_on_all_ranks(memories(compiled))
     torch.testing.assert_close(memories(compiled), memories(eager), rtol=0, atol=1e-5)
+
+
+def shard(model: AssociativeTransformer, is_by_block: bool, **options: Any) -> AssociativeTransformer:
+    for block in model.blocks if is_by_block else ():
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def train(model: nn.Module, rank: int, steps: range) -> list[float]:
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for i in steps:
+        images, target = batch(100 * rank + i)
+        loss = nn.functional.cross_entropy(model(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@on_every_rank
+def check_sharded_data_parallel_has_the_losses_and_the_memory_of_ddp(rank: int, world: int) -> None:
+    reference = make_model()
+    expected = train(DistributedDataParallel(reference), rank, range(3))
+    for is_by_block in (False, True):
+        for is_resharded in (False, True):
+            for is_checkpointed in (False, True):
+                model = make_model()
+                model.set_grad_checkpointing(is_checkpointed)
+                shard(model, is_by_block, reshard_after_forward=is_resharded)
+                assert train(model, rank, range(3)) == pytest.approx(expected, rel=1e-4)
+                assert_same_on_all_ranks(memories(model))
+                torch.testing.assert_close(memories(model), memories(reference), rtol=0, atol=1e-5)
+
+
+@on_every_rank
+def check_sharded_in_mixed_precision_the_memory_is_one_and_wide(rank: int, world: int) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shard(make_model(), True, mp_policy=policy)
+    losses = train(model, rank, range(3))
+    assert_same_on_all_ranks(memories(model))
+    assert {memory.dtype for memory in memories(model)} == {torch.float32}
+    assert losses == pytest.approx(train(DistributedDataParallel(make_model()), rank, range(3)), rel=0.05)
+
+
+@on_every_rank
+def check_a_sharded_run_goes_on_from_a_distributed_checkpoint(rank: int, world: int) -> None:
+    whole = shard(make_model(), True)
+    expected = train(whole, rank, range(4))
+    folder = [tempfile.mkdtemp() if rank == 0 else '']
+    dist.broadcast_object_list(folder)
+    first = shard(make_model(), True)
+    train(first, rank, range(2))
+    torch.distributed.checkpoint.save(get_model_state_dict(first), checkpoint_id=folder[0])
+    second = shard(make_model(), True)
+    state = get_model_state_dict(second)
+    torch.distributed.checkpoint.load(state, checkpoint_id=folder[0])
+    set_model_state_dict(second, state)
+    assert train(second, rank, range(2, 4)) == pytest.approx(expected[2:], rel=1e-5)
+    torch.testing.assert_close(memories(second), memories(whole), rtol=0, atol=1e-6)
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder[0])
+
+
+@on_every_rank
+def check_images_that_write_copies_move_one_memory_on_all_ranks(rank: int, world: int) -> None:
+    alone, shared = (make_model(write_scope='image', write_rule='distinct') for _ in range(2))
+    images, _ = batch(7, size=world * 3 + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, 'get_world_size', lambda: 1)
+        whole = alone(images)
+    part = shared(images.tensor_split(world)[rank])  # unequal parts
+    torch.testing.assert_close(part, whole.tensor_split(world)[rank], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(memories(shared), memories(alone), rtol=0, atol=1e-5)
+
+
+@on_every_rank
+def check_any_output_keeps_one_memory_in_training_and_in_evaluation_that_writes(rank: int, world: int) -> None:
+    outputs = [
+        lambda model, x: model.forward_features(x),
+        lambda model, x: model.forward_intermediates(x),
+        lambda model, x: model.blocks(model.patch_embed(x)),
+        lambda model, x: model.eval()(x),
+    ]
+    for output in outputs:
+        model = make_model(write_mode='always')
+        before = memories(model)
+        output(model, batch(100 * rank)[0])
+        assert_same_on_all_ranks(memories(model))
+        assert not any(torch.equal(a, b) for a, b in zip(before, memories(model), strict=True))
 
 
 def run_rank(rank: int, world: int, folder: str) -> None:

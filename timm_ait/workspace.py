@@ -97,8 +97,8 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
 def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:
     """Turn slots (..., M, D) towards the nearest orthogonal ones, by Newton-Schulz iterations, with unit rows.
 
-    Each step ``X <- 1.5 X - 0.5 X X^T X`` brings the singular values nearer to 1. More than D slots of width D cannot be
-    orthogonal: they become evenly spread.
+    Each step ``X <- 1.5 X - 0.5 X X^T X`` brings the singular values nearer to 1. More than D slots of width D cannot
+    be orthogonal: they become evenly spread.
     """
     gram = torch.matmul(slots, slots.transpose(-2, -1))
     bound = gram.abs().sum(dim=-1).amax(dim=-1).clamp_min(1).sqrt()  # of the largest singular value
@@ -336,8 +336,8 @@ class GlobalWorkspace(nn.Module):
 
         With ``write_rule='distinct'`` the heads are first centred over the slots, the LayerNorm's rows get unit length,
         and the new slots are orthogonalised. Without the first, all slots receive the mean token and become one point.
-        Without the second, a row of length sqrt(D) replaces 39 % of a slot of length 1 where ``memory_decay`` says 10 %.
-        Without the third, training leaves a few directions for all slots.
+        Without the second, a row of length sqrt(D) replaces 39 % of a slot of length 1, not 10 % as ``memory_decay``
+        says. Without the third, training leaves a few directions for all slots.
 
         Args:
             memory: (M, D) old memory.
