@@ -79,6 +79,31 @@ def in_place_as_statement(x: Tensor) -> Tensor:
     return loss
 
 
+def into_an_empty_batch(x: Tensor) -> Tensor:
+    logits = torch.zeros(B, 2, C)
+    logits[:, 0] = x
+    return ce(logits[:, 0])
+
+
+def into_a_view(x: Tensor) -> Tensor:
+    logits = torch.zeros(B, 2, C)
+    logits.select(1, 0).copy_(x)
+    return ce(logits[:, 0])
+
+
+def histogram(x: Tensor) -> Tensor:
+    places = torch.zeros(C)
+    places.scatter_add_(0, Y, x.softmax(-1).amax(-1))
+    return places.square().mean()
+
+
+def into_places(x: Tensor) -> Tensor:
+    losses = torch.zeros(B)
+    for i in range(B):
+        losses[i] = F.cross_entropy(x[i], Y[i])
+    return 1 - losses.mean()
+
+
 def into_buffer(x: Tensor) -> Tensor:
     losses = torch.zeros(2)
     losses[0], losses[1] = ce(x), z(x)
@@ -116,6 +141,14 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     'a custom function': Custom.apply,
     'added to a tensor in place': accumulated,
     'written into a tensor': into_buffer,
+    'logits written into a batch': into_an_empty_batch,
+    'logits copied into a view': into_a_view,
+    'logits added to a tensor': lambda x: ce(torch.zeros(B, C).add_(x)),
+    'a histogram': histogram,
+    'losses of samples written into places': into_places,
+    'a tensor iterated over': lambda x: torch.stack([F.cross_entropy(a, b) for a, b in zip(x, Y, strict=True)]).mean(),
+    'the mean taken off': lambda x: (x - x.mean()).square().mean(),
+    'divided by the norm': lambda x: (x / x.norm()).square().mean(),
     'a parameter norm added': lambda x: ce(x) + torch.ones(3, requires_grad=True).square().sum(),
     'logits changed in place': lambda x: ce(x.div_(4.0)),
     'a temperature': lambda x: ce(x / 4),
@@ -156,6 +189,19 @@ def test_a_loss_counts_once_however_it_is_written(loss: Callable[[Tensor], Tenso
 @pytest.mark.parametrize(('loss', 'expected'), SCALED.values(), ids=SCALED)
 def test_the_scale_of_the_loop_is_followed(loss: Callable[[Tensor], Tensor], expected: float) -> None:
     assert factor_of(loss) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('name', [name for name in ONE if name not in ('a custom function', 'the two sides of CLIP')])
+def test_a_loss_divided_by_accumulation_steps_counts_in_proportion(name: str) -> None:
+    is_sum = name == 'a sum'  # its first division takes the mean
+    assert factor_of(lambda x: ONE[name](x) / 4) == pytest.approx(1 if is_sum else 1 / 4)
+
+
+def test_a_target_without_gradient_stays_a_plain_tensor() -> None:
+    x, seen = Model()(), torch.zeros(B, C)
+    with torch.no_grad():
+        seen.copy_(x)
+    assert type(seen) is Tensor
 
 
 def test_a_vector_and_a_cached_gradient_count_once() -> None:

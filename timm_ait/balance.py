@@ -14,10 +14,13 @@ times too much, or 1/65,536 of what it should.
 NOTE Hooks, and not another term in the loss, because an operation can then be run as it is, with all its side effects.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +36,12 @@ OF_THE_OBJECT = frozenset(
     '__set__ __delete__ backward grad register_hook retain_grad requires_grad_ '
     'register_post_accumulate_grad_hook'.split()
 )
+# `x.add_(y)`, `x += y` and `x[i] = y`, but not `x.__iter__()`.
+IN_PLACE = re.compile(r'\w*[a-z0-9]_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__')
 
 
-class _Pass(NamedTuple):
+@dataclass(eq=False)
+class _Pass:
     """What is known of a running backward pass.
 
     Attributes:
@@ -47,8 +53,9 @@ class _Pass(NamedTuple):
     loss: Loss | None
 
 
-# Backward passes that run now, by the number of their graph task, the innermost last (checkpointing starts inner ones).
-_passes: dict[int, _Pass] = {}
+# Backward passes that run now, by the number of their graph task: checkpointing starts inner ones, of higher numbers.
+# PyTorch's engine alone holds them. So a pass that ends in an error leaves nothing to the next one.
+_passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
 _pending: list[str] = []
 
 
@@ -57,16 +64,22 @@ def is_backward_running() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _begin(new: _Pass) -> None:
+def _begin(scale: float | Tensor, loss: Loss | None) -> None:
     """Note the scale of the running backward pass, until it ends."""
     task = torch._C._current_graph_task_id()
-    if task not in _passes:
-        Variable._execution_engine.queue_callback(partial(_end, task))
-    _passes[task] = new
+    running = _passes.get(task)
+    if running is None:
+        running = _passes[task] = _Pass(scale, loss)
+        Variable._execution_engine.queue_callback(partial(_end, task, running))
+    running.scale, running.loss = scale, loss
 
 
-def _end(task: int) -> None:
+def _end(task: int, running: _Pass) -> None:
     _passes.pop(task, None)
+
+
+def _innermost() -> _Pass | None:
+    return _passes[max(_passes)] if _passes else None
 
 
 def attach(memory: Tensor, balance_loss: Tensor) -> Tensor:
@@ -109,8 +122,6 @@ class _State:
     """Of one forward of one layer: the balance loss, and whether a pass without known loss has counted it."""
 
     def __init__(self, balance_loss: Tensor) -> None:
-        if not is_backward_running():
-            _passes.clear()  # of a backward pass that has failed
         self.balance_loss = balance_loss
         self.is_counted = False
         self.is_half = torch.is_autocast_enabled(balance_loss.device.type) and (
@@ -121,7 +132,7 @@ class _State:
         """Factor of the balance loss in the running backward pass."""
         if not _asks_for_parameters(self.balance_loss):
             return 0.0
-        running = next(reversed(_passes.values()), None)
+        running = _innermost()
         if running is not None:
             if running.loss is not None:
                 running.loss.count()
@@ -156,7 +167,7 @@ def _warn_of_last_pass() -> None:
 @torch.library.custom_op('timm_ait::balance_scale', mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _balance_scale(like: Tensor) -> Tensor:
     """The scale of the running backward pass, for compiled graphs: () in float32 on the device of ``like``."""
-    running = next(reversed(_passes.values()), _Pass(1.0, None))
+    running = _innermost() or _Pass(1.0, None)
     if running.loss is not None:
         running.loss.count()
     return _as_scalar(running.scale, like.device, torch.float32).clone()
@@ -204,7 +215,7 @@ def hand_out(balance_loss: Tensor) -> Tensor:
     """The balance loss for whoever adds it to a loss himself: then no backward pass through it adds it once more."""
     handed = balance_loss.view_as(balance_loss)
     if handed.requires_grad:
-        handed.register_hook(lambda grad: _begin(_Pass(0.0, None)))
+        handed.register_hook(lambda grad: _begin(0.0, None))
     return handed
 
 
@@ -231,11 +242,13 @@ class TrackedTensor(Tensor):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return super().__torch_function__(func, (TrackedTensor,), args, kwargs)
+        name = func.__name__
+        if name == '__iter__':
+            return iter(args[0].unbind())
         with torch._C.DisableTorchFunctionSubclass():
-            name = func.__name__
             if name in OF_THE_OBJECT:
                 return func(*args, **kwargs)
-            is_in_place = name.startswith('__i') or (name.endswith('_') and not name.endswith('__'))
+            is_in_place = bool(args) and bool(IN_PLACE.fullmatch(name))
             is_itself = is_in_place or name == '__get__'  # an attribute, such as `T` or `grad`
             target, others = (args[:1], args[1:]) if is_itself else ((), args)
             result = func(*target, *plain(others), **plain(kwargs))
@@ -244,8 +257,11 @@ class TrackedTensor(Tensor):
             def wrap(x: Any) -> Any:
                 if not isinstance(x, Tensor) or not (x.requires_grad or func is Tensor.clone):  # DDP clones outputs
                     return x
-                return _tracked(x, follow(name, args, kwargs, tracked, x))
+                return _tracked(x, follow(name, args, kwargs, tracked, x), is_changed=is_in_place)
 
+            if is_in_place:
+                tree_map(wrap, [args[0], args[0]._base])
+                return result
             return result if isinstance(result, torch.Size) else tree_map(wrap, result)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -287,9 +303,11 @@ def plain(tree: Any) -> Any:
         return tree_map(unwrap, tree)
 
 
-def _tracked(x: Tensor, known: Track) -> TrackedTensor:
+def _tracked(x: Tensor, known: Track, is_changed: bool = False) -> TrackedTensor:
     if known.loss is not None and x.requires_grad and x.numel() == 1:
         x.register_hook(partial(_report, known.loss))
+    if is_changed and type(x) is Tensor:  # written into: whoever holds this tensor must hold a tracked one
+        x.__class__ = TrackedTensor
     tensor = x if isinstance(x, TrackedTensor) else x.as_subclass(TrackedTensor)
     tensor._track = known
     return tensor
@@ -298,4 +316,4 @@ def _tracked(x: Tensor, known: Track) -> TrackedTensor:
 def _report(loss: Loss, grad: Tensor) -> None:
     """Tell the scale of the running backward pass, unless a loss that stands nearer to its start has done so."""
     if torch._C._current_graph_task_id() not in _passes:
-        _begin(_Pass(loss.scale(grad), loss))
+        _begin(loss.scale(grad), loss)

@@ -9,6 +9,7 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
 - the first division of a sum over elements takes their mean: ``cross_entropy(..., reduction='sum') / B`` has 1, and 1/4
   where the number is four times as large;
 - n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
+- a loss that meets larger outputs again, as in ``x - x.mean()``, was a statistic of them, and no loss;
 - the sign does not matter, nor what is added that is no loss.
 
 What cannot be told apart counts as scaling.
@@ -35,7 +36,7 @@ OPERATIONS = {
 MOVES = frozenset(
     'clone contiguous to float double half bfloat16 cpu cuda view view_as reshape flatten unflatten squeeze unsqueeze '
     'expand expand_as get t transpose permute movedim flip roll getitem select narrow index_select split chunk unbind '
-    'neg stack cat'.split()
+    'neg stack cat setitem copy index_put index_copy scatter masked_scatter'.split()
 )
 _numbers = count()
 
@@ -170,7 +171,8 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
     forwards = frozenset().union(*(x.track.forwards for x in tracked))
     kind = tuple(dict.fromkeys(step for x in tracked for step in x.track.kind))
     losses = [x.track.loss for x in tracked if x.track.loss is not None]
-    if losses:
+    is_statistic = result.numel() > 1 and any(x.numel() > 1 and x.track.loss is None for x in tracked)
+    if losses and not is_statistic:
         loss = losses[0] if len(losses) == 1 else _sum(losses)
         others = [
             x

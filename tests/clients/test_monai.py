@@ -3,10 +3,14 @@
 from typing import Any
 
 import pytest
-from by_hand import Recorder, Trained, assert_trains_like_by_hand, make_batches, memories
+import torch
+import torch.nn.functional as F
+from by_hand import CLASSES, Recorder, Trained, assert_trains_like_by_hand, make_batches, make_model, memories
+from torch import Tensor
 
 monai = pytest.importorskip('monai', reason="monai is missing: pip install -e '.[test-clients]'")
 from monai.data import MetaTensor  # noqa: E402
+from monai.engines import SupervisedTrainer  # noqa: E402
 from monai.losses import DiceCELoss, DiceLoss, FocalLoss  # noqa: E402
 
 LOSSES = {

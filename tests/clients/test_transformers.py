@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from by_hand import CLASSES, Recorder, Trained, assert_trains_like_by_hand, make_batches, make_model, memories
@@ -26,7 +27,7 @@ class Wrapper(nn.Module):
 
 
 def of_timm_wrapper(model: Any) -> Any:
-    """Transformers' own wrapper, without network, with ``model`` inside."""
+    """Wrapped as transformers wraps models of timm, without network, with ``model`` inside."""
     config = transformers.TimmWrapperConfig(
         architecture='test_ait',
         num_labels=CLASSES,
