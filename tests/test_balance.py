@@ -234,7 +234,7 @@ def test_the_switch_leaves_plain_logits_and_a_plain_balance_loss() -> None:
 @pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
 def test_traced_scripted_and_exported_models_return_plain_tensors() -> None:
     model = make_model().eval()
-    assert type(torch.jit.script(model).train()(IMAGES)) is Tensor
+    assert type(torch.jit.script(model)(IMAGES)) is Tensor
     assert type(torch.export.export(model, (IMAGES,)).module()(IMAGES)) is Tensor
     graph = torch.fx.Tracer()
     graph.is_leaf_module = lambda module, name: not isinstance(module, (AssociativeTransformer, nn.Sequential))  # type: ignore[method-assign]
