@@ -6,6 +6,7 @@ FILTERS = (
     'ignore',
     'error:(?s).*timm_ait',  # what it says
     'error:::timm_ait',  # what its lines cause in PyTorch
+    'ignore:Using a non-tuple sequence',  # by pytorch-metric-learning, from operations that run inside a tracked tensor
 )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from by_hand import Recorder, Trained, assert_trains_like_by_hand, make_batches, make_model, memories
 
-accelerate = pytest.importorskip('accelerate', reason="accelerate is missing: pip install -e '.[test-clients]'")
+accelerate = pytest.importorskip('accelerate', reason="accelerate is missing: pip install -e '.[clients]'")
 from accelerate.state import AcceleratorState  # noqa: E402
 
 

@@ -10,7 +10,7 @@ from by_hand import Recorder, Trained, assert_trains_like_by_hand, make_batches,
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-lightning = pytest.importorskip('lightning', reason="lightning is missing: pip install -e '.[test-clients]'")
+lightning = pytest.importorskip('lightning', reason="lightning is missing: pip install -e '.[clients]'")
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 

@@ -3,14 +3,10 @@
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from by_hand import CLASSES, Recorder, Trained, assert_trains_like_by_hand, make_batches, make_model, memories
-from torch import Tensor
+from by_hand import Recorder, Trained, assert_trains_like_by_hand, make_batches, memories
 
-monai = pytest.importorskip('monai', reason="monai is missing: pip install -e '.[test-clients]'")
+monai = pytest.importorskip('monai', reason="monai is missing: pip install -e '.[clients]'")
 from monai.data import MetaTensor  # noqa: E402
-from monai.engines import SupervisedTrainer  # noqa: E402
 from monai.losses import DiceCELoss, DiceLoss, FocalLoss  # noqa: E402
 
 LOSSES = {

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from by_hand import CLASSES, Recorder, Trained, assert_trains_like_by_hand, make_batches, make_model, memories
 from torch import Tensor, nn
 
-transformers = pytest.importorskip('transformers', reason="transformers is missing: pip install -e '.[test-clients]'")
+transformers = pytest.importorskip('transformers', reason="transformers is missing: pip install -e '.[clients]'")
 SIZE = 6
 
 

@@ -1,0 +1,37 @@
+"""fastai: batches of its own tensor types, its loss, its learner."""
+
+from typing import Any
+
+import pytest
+import torch
+from by_hand import LR, Recorder, Trained, assert_trains_like_by_hand, make_batches, make_model, memories
+
+pytest.importorskip('fastai', reason="fastai is missing: pip install -e '.[clients]'")
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import TensorCategory, TensorImage
+
+
+def test_a_learner_leaves_the_gradients_of_the_sum() -> None:
+    batches = make_batches(3)
+
+    def train(model: Any) -> Trained:
+        recorder = Recorder(model.parameters())
+        typed = [(TensorImage(images), TensorCategory(target)) for images, target in batches]
+        learner = Learner(
+            DataLoaders(typed, typed), model, loss_func=CrossEntropyLossFlat(), opt_func=lambda *_, **__: OptimWrapper(opt=recorder)
+        )  # fmt: skip
+        with learner.no_logging():
+            learner.fit(1, lr=LR)
+        return Trained(recorder.seen, memories(model))
+
+    assert_trains_like_by_hand(train, batches, make=make_model)
+
+
+def test_images_of_fastai_are_classified_in_evaluation() -> None:
+    ((images, _),) = make_batches(1)
+    model = make_model().eval()
+    with torch.no_grad():
+        assert torch.equal(model(TensorImage(images)).as_subclass(torch.Tensor), model(images))
