@@ -1,4 +1,4 @@
-"""Does a memory pay? Models that differ in the memory alone, over seeds, with its cost and what it holds.
+"""Does a memory pay? Models that differ in the memory alone, over seeds, and what the memory holds.
 
     python benchmarks/memory.py DIR --out benchmarks/results/memory    (DIR/train/<class>/*, DIR/test/<class>/*)
     python benchmarks/memory.py --show benchmarks/results/memory       (the table and the picture, out of the results)
@@ -118,7 +118,7 @@ def gather(folder: Path) -> dict[tuple[str, str], dict[int, Any]]:
 def table(found: dict[tuple[str, str], dict[int, Any]]) -> str:
     """Accuracy with its interval, and the difference to no memory over the same seeds."""
     heading = '| setting | memory | seeds | top-1, % | less that of no memory | training loss | slots: cosine, rank '
-    lines = [f'{heading}| retrieval varies, % | time |', '|---|---|---|---|---|---|---|---|---|']
+    lines = [f'{heading}| retrieval varies, % |', '|---|---|---|---|---|---|---|---|']
     for (setting, variant), seeds in found.items():
         control = found.get((setting, 'none'), {})
         top1 = [record['top1'] for record in seeds.values()]
@@ -129,10 +129,9 @@ def table(found: dict[tuple[str, str], dict[int, Any]]) -> str:
         mean = {key: statistics.mean(block[key] for block in blocks) for key in (blocks[0] if blocks else ())}
         slots = f'{mean["mean_cosine"]:.2f}, {mean["effective_rank"]:.1f}' if mean else ''
         varies = f'{100 * mean["varies_over_tokens"]:.0f}' if mean else ''
-        times = [record['seconds'] / control[seed]['seconds'] for seed, record in seeds.items() if seed in control]
         lines.append(
             f'| {setting} | {variant} | {len(seeds)} | {statistics.mean(top1):.2f} ± {interval(top1):.2f} | {gain} '
-            f'| {loss:.3f} | {slots} | {varies} | {statistics.median(times) if times else float("nan"):.2f} |'
+            f'| {loss:.3f} | {slots} | {varies} |'
         )
     return '\n'.join(lines)
 

@@ -20,9 +20,8 @@ def test_a_learner_leaves_the_gradients_of_the_sum() -> None:
     def train(model: Any) -> Trained:
         recorder = Recorder(model.parameters())
         typed = [(TensorImage(images), TensorCategory(target)) for images, target in batches]
-        learner = Learner(
-            DataLoaders(typed, typed), model, loss_func=CrossEntropyLossFlat(), opt_func=lambda *_, **__: OptimWrapper(opt=recorder)
-        )  # fmt: skip
+        options = dict(loss_func=CrossEntropyLossFlat(), opt_func=lambda *_, **__: OptimWrapper(opt=recorder))
+        learner = Learner(DataLoaders(typed, typed), model, **options)
         with learner.no_logging():
             learner.fit(1, lr=LR)
         return Trained(recorder.seen, memories(model))
