@@ -335,6 +335,12 @@ def test_a_frozen_model_writes_nothing_in_training_mode_and_a_part_of_it_does() 
     assert not torch.equal(memories(model)[1], before[1])
 
 
+def test_on_the_meta_device_a_training_step_gives_shapes() -> None:
+    model = make_model(device='meta')
+    F.cross_entropy(model(IMAGES.to('meta')), TARGET.to('meta')).backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
 def test_a_replica_of_data_parallel_is_refused() -> None:
     model = make_model()
     model.blocks[0].mlp._is_replica = True  # as torch.nn.parallel.replicate marks its copies

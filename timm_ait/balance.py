@@ -124,9 +124,7 @@ class _State:
     def __init__(self, balance_loss: Tensor) -> None:
         self.balance_loss = balance_loss
         self.is_counted = False
-        self.is_half = torch.is_autocast_enabled(balance_loss.device.type) and (
-            torch.get_autocast_dtype(balance_loss.device.type) == torch.float16
-        )
+        self.is_half = _is_half(balance_loss)
 
     def scale(self) -> float | Tensor:
         """Factor of the balance loss in the running backward pass."""
@@ -144,6 +142,12 @@ class _State:
             return 0.0
         self.is_counted = True
         return 1.0
+
+
+def _is_half(x: Tensor) -> bool:
+    """Whether float16 autocast is on for the device of ``x``. The meta device knows no autocast."""
+    device = x.device.type
+    return not x.is_meta and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
 UNKNOWN_SCALE = (
