@@ -12,7 +12,7 @@ from timm.layers import Mlp, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from timm_ait.workspace import Selection, load_balance_loss
+from timm_ait.selection import Selection, load_balance_loss
 
 
 class CrossAttention(nn.Module):

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from timm_ait import HopfieldRetrieval, NormalizedPatchEmbed
-from timm_ait.workspace import Selection, load_balance_loss
+from timm_ait.selection import Selection, load_balance_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import baselines

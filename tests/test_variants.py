@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torchvision.transforms.functional import pil_to_tensor
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
-from timm_ait.workspace import orthogonalise
+from timm_ait.layers import orthogonalise
 
 CIFAR10 = Path(__file__).parents[2] / 'shared' / 'data' / 'cifar10-jpeg.tar.xz'
 B, N, E = 3, 11, 17

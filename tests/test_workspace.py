@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_ait import GlobalWorkspace, hopfield_energy
 from timm_ait.hopfield import HopfieldRetrieval
-from timm_ait.workspace import Selection, load_balance_loss, squash
+from timm_ait.selection import Selection, load_balance_loss
+from timm_ait.workspace import squash
 
 B, N, E, H = 2, 11, 17, 19  # images, tokens, width, hidden width
 M, D, S, K = 7, 13, 3, 5  # slots, width of a slot, write heads, bottleneck

@@ -1,4 +1,4 @@
-"""Small tools around PyTorch's layers: dtypes under autocast, and layers that somebody has changed."""
+"""Small tools around PyTorch's layers: dtypes under autocast, layers that somebody has changed, orthogonal rows."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['OutputNorm', 'is_plain', 'without_autocast']
+__all__ = ['OutputNorm', 'call_wide', 'is_plain', 'orthogonalise', 'without_autocast']
 
 PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d)
 
@@ -43,3 +43,27 @@ def is_plain(*layers: nn.Module) -> bool:
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         for layer in layers
     )
+
+
+def call_wide(layer: Any, x: Tensor) -> Tensor:
+    """A layer in the dtype of its input, which is wider than that of its parameters in a narrow model."""
+    if not is_plain(layer):
+        return layer(x.to(next(layer.parameters()).dtype)).to(x.dtype)
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
+    return F.linear(x, layer.weight.to(x.dtype))
+
+
+def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:
+    """Turn slots (..., M, D) towards the nearest orthogonal ones, by Newton-Schulz iterations, with unit rows.
+
+    Each step ``X <- 1.5 X - 0.5 X X^T X`` brings the singular values nearer to 1. More than D slots of width D cannot
+    be orthogonal: they become evenly spread.
+    """
+    gram = torch.matmul(slots, slots.transpose(-2, -1))
+    bound = gram.abs().sum(dim=-1).amax(dim=-1).clamp_min(1).sqrt()  # of the largest singular value
+    slots = slots / bound.unsqueeze(-1).unsqueeze(-1)
+    for _ in range(steps):
+        gram = torch.matmul(slots, slots.transpose(-2, -1))
+        slots = 1.5 * slots - 0.5 * torch.matmul(gram, slots)
+    return F.normalize(slots, dim=-1)

@@ -16,7 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ['gather', 'gather_per_image', 'sample', 'scatter', 'top_logits', 'top_logits_per_image']
+__all__ = [
+    'Selection',
+    'gather',
+    'gather_per_image',
+    'load_balance_loss',
+    'sample',
+    'scatter',
+    'top_logits',
+    'top_logits_per_image',
+]
+
+
+class Selection(NamedTuple):
+    """Which tokens each slot of each head attends to.
+
+    Attributes:
+        gates: (..., S, M, k) attention weights, which sum to 1 over k.
+        tokens: (..., S, M, k) indices of the selected tokens, in [0, T).
+        lse: (..., S, M) log-sum-exp of the selected logits, without graph.
+    """
+
+    gates: Tensor
+    tokens: Tensor
+    lse: Tensor
 
 
 class Costs(NamedTuple):
@@ -76,6 +99,33 @@ def gather_per_image(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
     """:func:`gather` from the tokens of each image: (B, Q, k), (B, Q, k), (B, N, E) -> (B, Q, E)."""
     dense = weights.new_zeros(*weights.shape[:2], x.shape[1]).scatter(2, selected, weights)  # (B, Q, N)
     return torch.bmm(dense, x)
+
+
+def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
+    """Squared coefficients of variation of the tokens' importance and load, summed over heads (section 3.2).
+
+    ``importance_j = sum_m g_mj`` and ``load_j = #{m : g_mj > 0}``; the load has no gradient.
+
+    Args:
+        selection: What the slots attend to.
+        num_tokens: T, tokens that compete.
+
+    Returns:
+        (), the mean over images with ``write_scope='image'``; zero where there is one token only.
+    """
+    gates, tokens, _ = selection
+    if num_tokens == 1:
+        return gates.new_zeros(())
+
+    def per_token(share: Tensor) -> Tensor:  # (..., S, M, k) -> (..., S, T), never (..., S, M, T)
+        zeros = share.new_zeros(*share.shape[:-2], num_tokens)
+        return zeros.scatter_add(-1, tokens.flatten(-2), share.flatten(-2))
+
+    def cv_squared(x: Tensor) -> Tensor:
+        return x.var(dim=-1) / (x.mean(dim=-1).square() + 1e-10)
+
+    variation = cv_squared(per_token(gates)) + cv_squared(per_token((gates > 0).to(gates.dtype)))  # (..., S)
+    return variation.sum(dim=-1).mean()
 
 
 class _TopLogits(Function):

@@ -23,25 +23,18 @@ from .balance import attach, hand_out, is_backward_running
 from .distributed import is_distributed, merge_ranks, sum_over_ranks
 from .fused import FusedWorkspace
 from .hopfield import HopfieldRetrieval
-from .layers import OutputNorm, is_plain, without_autocast
+from .layers import OutputNorm, call_wide, is_plain, orthogonalise, without_autocast
 from .replay import Replay, snapshot
-from .selection import gather, gather_per_image, top_logits, top_logits_per_image
+from .selection import (
+    Selection,
+    gather,
+    gather_per_image,
+    load_balance_loss,
+    top_logits,
+    top_logits_per_image,
+)
 
-__all__ = ['GlobalWorkspace', 'MemoryWrite', 'Selection', 'load_balance_loss', 'orthogonalise', 'squash']
-
-
-class Selection(NamedTuple):
-    """Which tokens each slot of each head attends to.
-
-    Attributes:
-        gates: (..., S, M, k) attention weights, which sum to 1 over k.
-        tokens: (..., S, M, k) indices of the selected tokens, in [0, T).
-        lse: (..., S, M) log-sum-exp of the selected logits, without graph.
-    """
-
-    gates: Tensor
-    tokens: Tensor
-    lse: Tensor
+__all__ = ['GlobalWorkspace', 'MemoryWrite', 'squash']
 
 
 class MemoryWrite(NamedTuple):
@@ -65,48 +58,6 @@ class MemoryWrite(NamedTuple):
 def squash(h: Tensor) -> Tensor:
     """Let the tokens of all images of the batch compete: (B, N, E) -> (B*N, E) (section 3.2)."""
     return h.flatten(0, -2)
-
-
-def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
-    """Squared coefficients of variation of the tokens' importance and load, summed over heads (section 3.2).
-
-    ``importance_j = sum_m g_mj`` and ``load_j = #{m : g_mj > 0}``; the load has no gradient.
-
-    Args:
-        selection: What the slots attend to.
-        num_tokens: T, tokens that compete.
-
-    Returns:
-        (), the mean over images with ``write_scope='image'``; zero where there is one token only.
-    """
-    gates, tokens, _ = selection
-    if num_tokens == 1:
-        return gates.new_zeros(())
-
-    def per_token(share: Tensor) -> Tensor:  # (..., S, M, k) -> (..., S, T), never (..., S, M, T)
-        zeros = share.new_zeros(*share.shape[:-2], num_tokens)
-        return zeros.scatter_add(-1, tokens.flatten(-2), share.flatten(-2))
-
-    def cv_squared(x: Tensor) -> Tensor:
-        return x.var(dim=-1) / (x.mean(dim=-1).square() + 1e-10)
-
-    variation = cv_squared(per_token(gates)) + cv_squared(per_token((gates > 0).to(gates.dtype)))  # (..., S)
-    return variation.sum(dim=-1).mean()
-
-
-def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:
-    """Turn slots (..., M, D) towards the nearest orthogonal ones, by Newton-Schulz iterations, with unit rows.
-
-    Each step ``X <- 1.5 X - 0.5 X X^T X`` brings the singular values nearer to 1. More than D slots of width D cannot
-    be orthogonal: they become evenly spread.
-    """
-    gram = torch.matmul(slots, slots.transpose(-2, -1))
-    bound = gram.abs().sum(dim=-1).amax(dim=-1).clamp_min(1).sqrt()  # of the largest singular value
-    slots = slots / bound.unsqueeze(-1).unsqueeze(-1)
-    for _ in range(steps):
-        gram = torch.matmul(slots, slots.transpose(-2, -1))
-        slots = 1.5 * slots - 0.5 * torch.matmul(gram, slots)
-    return F.normalize(slots, dim=-1)
 
 
 class GlobalWorkspace(nn.Module):
@@ -294,7 +245,7 @@ class GlobalWorkspace(nn.Module):
                 tokens.unflatten(-2, (S, M)),
             )  # (..., S*M, k) -> (..., S, M, k)
         else:
-            queries = _call(self.query, memory).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
+            queries = call_wide(self.query, memory).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
             keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).movedim(-3, -1)  # (..., T, S*D) -> (..., S, D, T)
             logits, tokens = (queries @ keys / math.sqrt(self.slot_dim)).topk(k, dim=-1, sorted=False)
         return Selection(logits.softmax(dim=-1), tokens, logits.detach().logsumexp(dim=-1))
@@ -350,8 +301,10 @@ class GlobalWorkspace(nn.Module):
             heads = heads - heads.mean(dim=-2, keepdim=True)
         # NOTE the authors concatenate the heads interleaved, (D, S); here W_O reads (S, D), as multi-head
         # attention does elsewhere. `convert.py` permutes their columns.
-        update = _call(self.proj, heads.transpose(-3, -2).flatten(-2))  # (..., S, M, D) -> (..., M, S*D) -> (..., M, D)
-        update = _call(self.write_norm, update + memory)
+        update = call_wide(
+            self.proj, heads.transpose(-3, -2).flatten(-2)
+        )  # (..., S, M, D) -> (..., M, S*D) -> (..., M, D)
+        update = call_wide(self.write_norm, update + memory)
         if self.write_rule == 'distinct':
             update = F.normalize(update, dim=-1)
         new = F.normalize(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay), dim=-1)
@@ -486,12 +439,3 @@ class GlobalWorkspace(nn.Module):
             f'write_mode={self.write_mode!r}, write_grad={self.write_grad}, write_rule={self.write_rule!r}, '
             f'write_scope={self.write_scope!r}'
         )
-
-
-def _call(layer: Any, x: Tensor) -> Tensor:
-    """A layer in the dtype of its input, which is wider than that of its parameters in a narrow model."""
-    if not is_plain(layer):
-        return layer(x.to(next(layer.parameters()).dtype)).to(x.dtype)
-    if isinstance(layer, nn.LayerNorm):
-        return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
-    return F.linear(x, layer.weight.to(x.dtype))
