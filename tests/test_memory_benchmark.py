@@ -78,3 +78,8 @@ def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.Captur
     assert (out / 'memory.png').is_file()
     with pytest.raises(SystemExit):
         memory.main([])
+
+
+def test_the_published_table_is_that_of_the_results() -> None:
+    folder = Path(memory.__file__).parent
+    assert memory.table(memory.gather(folder / 'results' / 'memory')) in (folder / 'README.md').read_text()
