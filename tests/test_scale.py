@@ -123,6 +123,7 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     'a masked mean': lambda x: (ce(x, reduction='none') * (WEIGHTS > 1)).sum() / (WEIGHTS > 1).sum(),
     'the two sides of CLIP': lambda x: (ce(x) + ce(x.flip(0))) / 2,
     'the two sides of CLIP, each halved': lambda x: ce(x) / 2 + ce(x.flip(0)) / 2,
+    'a sum divided by twice the samples': lambda x: x.square().sum() / (2 * B),  # of active pairs, for example
     'SigLIP': lambda x: -F.logsigmoid(x * (2 * ONE_HOT - 1)).sum() / B,
     'samples in a loop': lambda x: sum(F.cross_entropy(x[i], Y[i]) for i in range(B)) / B,
     'mixup of two losses': lambda x: 0.3 * ce(x) + 0.7 * ce(x.flip(0)),

@@ -6,8 +6,8 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
 - a tensor of one element that was computed from larger outputs is a loss of scale 1;
 - ``loss / n`` and ``loss * tensor`` scale; ``loss * number`` scales too, unless the product becomes a term of a sum;
 - a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b`` and ``0.3 * a + 0.7 * b`` have 1;
-- the first division of a sum over elements takes their mean: ``cross_entropy(..., reduction='sum') / B`` has 1, and 1/4
-  where the number is four times as large;
+- the first division of a sum over elements takes their mean: ``x.sum() / n`` has 1 for any n, and so has
+  ``cross_entropy(..., reduction='sum') / B`` for B samples, but 1/4 where the number is four times as large;
 - n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
 - a loss that meets larger outputs again, as in ``x - x.mean()``, was a statistic of them, and no loss;
 - the sign does not matter, nor what is added that is no loss.
@@ -62,7 +62,8 @@ class Term:
         scale: Product of the numbers that divided it, inverted.
         weight: Product of the numbers that multiplied it.
         factor: Product of the tensors that multiplied it; None for 1.
-        summed: Where it is a sum that was not averaged yet: how many elements, and of how many items (samples).
+        summed: Where it is a sum that was not averaged yet: how many elements, and of how many items (samples); 0 items
+            where only a criterion would know.
         is_sum_of_losses: Whether these elements are losses.
     """
 
@@ -122,7 +123,7 @@ class Loss:
         if term.summed and divisor > 1:
             elements, items = term.summed
             if not term.is_sum_of_losses or math.isclose(divisor, elements):
-                times = divisor / items
+                times = divisor / items if items else 0
                 is_multiple = times >= 1 and math.isclose(times, round(times)) and not math.isclose(divisor, elements)
                 scale = term.scale / (times if is_multiple else 1)
                 return replace(self, terms=(replace(term, scale=scale, summed=None),))
@@ -133,7 +134,7 @@ class Loss:
         by, term = by.reshape(()).abs(), _merge(self.terms)
         if is_division and term.summed and not term.is_sum_of_losses:
             elements, items = term.summed
-            is_multiple = (by % items == 0) & (by != elements) & (not by.is_floating_point())
+            is_multiple = (by % max(items, 1) == 0) & (by != elements) & (items > 0 and not by.is_floating_point())
             factor = torch.where(is_multiple, items / by, 1.0)
             term = replace(term, summed=None)
         else:
@@ -189,7 +190,9 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
     if result.numel() > 1 or (tracked[0].numel() == 1 and (op in MOVES or op in ('mul', 'div', 'add'))):
         return Track(forwards, kind)
     summed = None
-    if op == 'sum' or kwargs.get('reduction') == 'sum':
+    if op == 'sum':
+        summed = (tracked[0].numel(), 0)
+    elif kwargs.get('reduction') == 'sum':
         labels = [x for x in args[1:2] if isinstance(x, Tensor) and not x.is_floating_point()]
         items = labels[0].numel() if labels else tracked[0].shape[0] if tracked[0].ndim else 1
         summed = (tracked[0].numel(), max(items, 1))
