@@ -100,7 +100,8 @@ class Loss:
         if all(forward.counted and not forward.counted & self.parts for forward in self._forwards()):
             return 0.0
         term = _merge(self.terms)
-        scale = grad.detach().float().sum() * (term.scale * term.weight)
+        wide = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
+        scale = wide.sum() * (term.scale * term.weight)
         return scale if term.factor is None else scale * term.factor.to(scale.device)
 
     def count(self) -> None:
