@@ -38,7 +38,11 @@ def looped(ours: GlobalWorkspace) -> LoopedWorkspace:
     layer = LoopedWorkspace(ours.in_features, ours.fc1.out_features, *sizes)
     pairs: list[tuple[Any, Any]] = [
         *zip(layer.feed_forward[0::2], (ours.fc1, ours.fc2), strict=True),
-        *((layer.feed_forward[3], ours.norm), (layer.linear_transform, ours.linear_transform), (layer.write_norm, ours.write_norm)),
+        *(
+            (layer.feed_forward[3], ours.norm),
+            (layer.linear_transform, ours.linear_transform),
+            (layer.write_norm, ours.write_norm),
+        ),
         *((getattr(layer, name), getattr(ours, name)) for name in ('query', 'key', 'value', 'proj')),
     ]
     for theirs, mine in pairs:
