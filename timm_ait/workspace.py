@@ -25,14 +25,7 @@ from .fused import FusedWorkspace
 from .hopfield import HopfieldRetrieval
 from .layers import OutputNorm, call_wide, is_plain, orthogonalise, without_autocast
 from .replay import Replay, snapshot
-from .selection import (
-    Selection,
-    gather,
-    gather_per_image,
-    load_balance_loss,
-    top_logits,
-    top_logits_per_image,
-)
+from .selection import Selection, gather, gather_per_image, load_balance_loss, top_logits, top_logits_per_image
 
 __all__ = ['GlobalWorkspace', 'MemoryWrite', 'squash']
 
@@ -240,10 +233,7 @@ class GlobalWorkspace(nn.Module):
         if keys is None:
             queries = self.fold_queries(memory).flatten(0, 1)  # (S, M, E) -> (S*M, E)
             logits, tokens = (top_logits if h.ndim == 2 else top_logits_per_image)(queries, h, k)
-            logits, tokens = (
-                logits.unflatten(-2, (S, M)),
-                tokens.unflatten(-2, (S, M)),
-            )  # (..., S*M, k) -> (..., S, M, k)
+            logits, tokens = logits.unflatten(-2, (S, M)), tokens.unflatten(-2, (S, M))  # (..., S, M, k)
         else:
             queries = call_wide(self.query, memory).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
             keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).movedim(-3, -1)  # (..., T, S*D) -> (..., S, D, T)
@@ -270,10 +260,7 @@ class GlobalWorkspace(nn.Module):
         """
         sum_tokens = gather if h.ndim == 2 else gather_per_image
         S, M, _ = selection.gates.shape[-3:]
-        gates, tokens = (
-            selection.gates.flatten(-3, -2),
-            selection.tokens.flatten(-3, -2),
-        )  # (..., S, M, k) -> (..., S*M, k)
+        gates, tokens = selection.gates.flatten(-3, -2), selection.tokens.flatten(-3, -2)  # (..., S*M, k)
         if values is not None:  # the tokens of head s stand in rows s*T to (s+1)*T of one table
             table = values.to(gates.dtype).unflatten(-1, (S, -1)).transpose(-3, -2).flatten(-3, -2)  # (..., S*T, D)
             rows = tokens + h.shape[-2] * torch.arange(S, device=h.device).repeat_interleave(M).unsqueeze(-1)
@@ -297,20 +284,25 @@ class GlobalWorkspace(nn.Module):
         Returns:
             (..., M, D) new memory of unit rows; the old one where ``heads`` is not finite.
         """
-        if self.write_rule == 'distinct' and self.num_slots > 1:
-            heads = heads - heads.mean(dim=-2, keepdim=True)
+        heads = self._centre(heads)
         # NOTE the authors concatenate the heads interleaved, (D, S); here W_O reads (S, D), as multi-head
         # attention does elsewhere. `convert.py` permutes their columns.
-        update = call_wide(
-            self.proj, heads.transpose(-3, -2).flatten(-2)
-        )  # (..., S, M, D) -> (..., M, S*D) -> (..., M, D)
-        update = call_wide(self.write_norm, update + memory)
+        update = call_wide(self.proj, heads.transpose(-3, -2).flatten(-2))  # (..., M, S*D) -> (..., M, D)
+        new = self._average(memory, call_wide(self.write_norm, update + memory))
+        return torch.where(new.detach().sum(dim=(-2, -1), keepdim=True).isfinite(), new, memory)
+
+    def _centre(self, heads: Tensor) -> Tensor:
+        """Remove from ``heads`` (..., S, M, D) what all slots read alike, where the rule says so."""
+        if self.write_rule == 'published' or self.num_slots == 1:
+            return heads
+        return heads - heads.mean(dim=-2, keepdim=True)
+
+    def _average(self, memory: Tensor, update: Tensor) -> Tensor:
+        """Moving average of the memory (M, D) and ``update`` (..., M, D), with unit rows."""
         if self.write_rule == 'distinct':
             update = F.normalize(update, dim=-1)
         new = F.normalize(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay), dim=-1)
-        if self.write_rule == 'distinct':
-            new = orthogonalise(new)
-        return torch.where(new.detach().sum(dim=(-2, -1), keepdim=True).isfinite(), new, memory)
+        return orthogonalise(new) if self.write_rule == 'distinct' else new
 
     def has_copies(self) -> bool:
         """Whether every image writes and reads its own copy of the memory."""
@@ -326,14 +318,9 @@ class GlobalWorkspace(nn.Module):
         if self.bottleneck < h.shape[1]:
             lowest = logits.topk(self.bottleneck, dim=-1)[0].amin(dim=-1, keepdim=True)
             logits = logits.masked_fill(logits < lowest, -float('inf'))
-        heads = torch.matmul(logits.softmax(dim=-1), values)  # (B, S, M, D)
-        if self.write_rule == 'distinct' and self.num_slots > 1:
-            heads = heads - heads.mean(dim=-2, keepdim=True)
-        update = self.write_norm(self.proj(heads.transpose(1, 2).flatten(2)) + memory)  # (B, M, S*D) -> (B, M, D)
-        if self.write_rule == 'distinct':
-            update = F.normalize(update, dim=-1)
-        new = F.normalize(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay), dim=-1)
-        return orthogonalise(new) if self.write_rule == 'distinct' else new
+        heads = self._centre(torch.matmul(logits.softmax(dim=-1), values))  # (B, S, M, D)
+        update = self.proj(heads.transpose(1, 2).flatten(2))  # (B, M, S*D) -> (B, M, D)
+        return self._average(memory, self.write_norm(update + memory))
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
         """Retrieve from the memory (..., M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
