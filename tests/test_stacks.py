@@ -153,6 +153,11 @@ def compiled(what: str, backend: str) -> Step:
     return step
 
 
+NEEDS_NEW_DYNAMO = pytest.mark.skipif(
+    torch.__version__.startswith('2.9.'), reason='torch.compile of 2.9 ends in a RecursionError for a tracked input'
+)
+
+
 # PyTorch's compiler asks every tensor that enters a graph for its grad, and hides the warning, but not as an error.
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning')
 # aot_eager, a backend to debug with, takes no subclass of a tensor as an input of a graph, not even an empty one.
@@ -160,7 +165,7 @@ def compiled(what: str, backend: str) -> Step:
     ('what', 'backend'),
     [
         *[('model', backend) for backend in ('eager', 'aot_eager', 'inductor')],
-        *[('criterion', backend) for backend in ('eager', 'inductor')],
+        *[pytest.param('criterion', backend, marks=NEEDS_NEW_DYNAMO) for backend in ('eager', 'inductor')],
         *[('step', backend) for backend in ('eager', 'aot_eager', 'inductor')],
     ],
 )

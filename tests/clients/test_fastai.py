@@ -34,3 +34,13 @@ def test_images_of_fastai_are_classified_in_evaluation() -> None:
     model = make_model().eval()
     with torch.no_grad():
         assert torch.equal(model(TensorImage(images)).as_subclass(torch.Tensor), model(images))
+
+
+def test_beside_fastai_a_model_compiles_without_the_automatic_balance_loss() -> None:
+    ((images, target),) = make_batches(1)
+    model = make_model()
+    model.auto_balance = False
+    logits = torch.compile(model, backend='eager')(images)
+    (torch.nn.functional.cross_entropy(logits, target) + model.balance_loss()).backward()
+    assert torch.isfinite(model.blocks[0].mlp.fc1.weight.grad).all()
+    assert model.blocks[0].mlp.key.weight.grad.norm() > 0
