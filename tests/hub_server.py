@@ -24,6 +24,7 @@ class LoopbackHub:
         faults: 'org/name' -> one of 'gated', 'drop' (no answer at all), 'cut' (half of the file, then silence),
             'short' (half of the file, as if it were whole), 'flip' (a byte of the file inverted), 'deaf' (uploads are
             accepted but not stored).
+        collections: 'org/name-number' -> names of repositories.
         requests: Method and path of every request.
         tokens: Authorization headers of all requests.
     """
@@ -31,6 +32,7 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.faults: dict[str, str] = {}
+        self.collections: dict[str, list[str]] = {}
         self.requests: list[str] = []
         self.tokens: set[str] = set()
         self.blobs: dict[str, bytes] = {}
@@ -85,7 +87,11 @@ class Handler(BaseHTTPRequestHandler):
         self.serve()
 
     def do_GET(self) -> None:
-        self.serve()
+        if match := re.match('/api/collections/(.+)', self.path):
+            self.note()
+            self.answer_collection(match[1])
+        else:
+            self.serve()
 
     def do_PUT(self) -> None:
         body = self.note()
@@ -98,6 +104,10 @@ class Handler(BaseHTTPRequestHandler):
             self.create(json.loads(body))
         elif self.path == '/api/validate-yaml':
             self.answer_json({'errors': [], 'warnings': []})
+        elif self.path == '/api/collections':
+            self.create_collection(json.loads(body))
+        elif match := re.match('/api/collections/(.+)/items', self.path):
+            self.add_item(match[1], json.loads(body)['item']['id'])
         elif '/preupload/' in self.path:
             files = [
                 {
@@ -138,8 +148,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(body)
 
-    def answer_json(self, content: object) -> None:
-        self.answer(200, json.dumps(content).encode(), Content_Type='application/json')
+    def answer_json(self, content: object, status: int = 200) -> None:
+        self.answer(status, json.dumps(content).encode(), Content_Type='application/json')
 
     def serve(self) -> None:
         """``/org/name/resolve/REVISION/FILE``; small files redirect to ``/api/resolve-cache``, as on the Hub."""
@@ -191,6 +201,33 @@ class Handler(BaseHTTPRequestHandler):
         repo = f'{asked["organization"]}/{asked["name"]}'
         self.hub.repos.setdefault(repo, {})
         self.answer_json({'url': f'{self.hub.url}/{repo}'})
+
+    def create_collection(self, asked: dict[str, Any]) -> None:
+        slug = f'{asked["namespace"]}/{asked["title"].lower().replace(" ", "-")}-0123456789abcdef01234567'
+        if slug in self.hub.collections:
+            self.answer_json({'slug': slug}, 409)
+        else:
+            self.hub.collections[slug] = []
+            self.answer_collection(slug)
+
+    def add_item(self, slug: str, repo: str) -> None:
+        if slug not in self.hub.collections or repo not in self.hub.repos:
+            self.answer(404)
+        elif repo in self.hub.collections[slug]:
+            self.answer(409)
+        else:
+            self.hub.collections[slug].append(repo)
+            self.answer_collection(slug)
+
+    def answer_collection(self, slug: str) -> None:
+        items = [
+            {'_id': f'{number}', 'id': repo, 'type': 'model', 'position': number}
+            for number, repo in enumerate(self.hub.collections[slug])
+        ]
+        about = {'title': slug, 'owner': slug.partition('/')[0], 'lastUpdated': '2026-01-01T00:00:00.000Z'}
+        self.answer_json(
+            {'slug': slug, 'items': items, **about, 'position': 0, 'private': False, 'theme': 'green', 'upvotes': 0}
+        )
 
     def batch(self, asked: dict[str, Any]) -> None:
         objects = [

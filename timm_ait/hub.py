@@ -2,8 +2,8 @@
 
 ``export`` reads a checkpoint of timm's train.py or of the authors' code, or a file of weights. It writes a folder as
 the Hub holds it: model.safetensors, config.json, README.md. To try that folder as a user of the Hub will, call
-``timm.create_model('local-dir:FOLDER', pretrained=True)``. ``push`` uploads it. Log in first with ``hf auth login``,
-or set HF_TOKEN.
+``timm.create_model('local-dir:FOLDER', pretrained=True)``. ``push`` uploads it, ``publish`` all folders at once. Log in
+first with ``hf auth login``, or set HF_TOKEN.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
+from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict, push_to_hf_hub, save_for_hf
@@ -29,10 +30,12 @@ from timm_ait import AssociativeTransformer, __version__
 from timm_ait.arguments import WORKSPACE_ARGS
 from timm_ait.card import default_repo, write_card
 from timm_ait.convert import fit_pretrained
-from timm_ait.pretrained import FILENAME, WeightsError, sha256_of
+from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
 
-__all__ = ['Checkpoint', 'export', 'push', 'read_checkpoint']
+__all__ = ['Checkpoint', 'export', 'publish', 'push', 'read_checkpoint']
 
+COLLECTION = 'Associative Transformer'
+FILES = (FILENAME, 'config.json', 'README.md')
 DTYPES = ('float32', 'float16', 'bfloat16')
 
 
@@ -203,8 +206,7 @@ def push(folder: Path, repo_id: str = '', private: bool = False) -> str:
     Raises:
         WeightsError: If no user is logged in, or if the Hub then holds other weights than the folder.
     """
-    if not get_token():
-        raise WeightsError('you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN')
+    _require_login()
     repo_id = repo_id or default_repo(folder)
     model = _load(folder)
     config = json.loads((folder / 'config.json').read_text())
@@ -212,14 +214,87 @@ def push(folder: Path, repo_id: str = '', private: bool = False) -> str:
     message = f'{folder.name}, timm_ait {__version__}'
     push_to_hf_hub(model, repo_id, message, private=private, model_args=config['model_args'], safe_serialization=True)
     # The card that timm writes does not mention this package.
-    card = (folder / 'README.md').read_text().replace(f'hf-hub:{default_repo(folder)}', f'hf-hub:{repo_id}')
-    HfApi().upload_file(path_or_fileobj=card.encode(), path_in_repo='README.md', repo_id=repo_id)
+    HfApi().upload_file(path_or_fileobj=_card(folder, repo_id).encode(), path_in_repo='README.md', repo_id=repo_id)
     arrived = get_hf_file_metadata(hf_hub_url(repo_id, FILENAME)).etag
     if f'sha256:{arrived}' not in pinned:
         raise WeightsError(
             f'{FILENAME} in {repo_id} has the sha256 {arrived}, but {folder} has {pinned[0]}: push again'
         )
     return f'{HfApi().endpoint}/{repo_id}'
+
+
+def publish(organisation: str, folder: Path, dry_run: bool = False) -> list[str]:
+    """Upload every folder MODEL.TAG in ``folder`` that the Hub does not hold yet, and collect all in one collection.
+
+    Args:
+        organisation: Owner of the repositories.
+        folder: Holds the folders that :func:`export` has written.
+        dry_run: Check the folders and say what would be done, without the network.
+
+    Returns:
+        Lines that say what was done, then the lines for the catalogue.
+
+    Raises:
+        ValueError: If there is no such folder, or if a folder in it is not whole. Then nothing is uploaded.
+        WeightsError: If no user is logged in, or if weights did not arrive.
+    """
+    folders = _whole_folders(folder)
+    repos = {f'{organisation}/{each.name}': each for each in folders}
+    lines = ['to list them as pretrained, write these at their tags in timm_ait/ait.py:', *map(_listing, folders)]
+    if organisation != HUB_ORGANISATION:
+        lines.append(f"and in timm_ait/pretrained.py: HUB_ORGANISATION = '{organisation}'")
+    if dry_run:
+        done = [f'{each}: would create or update {repo}, unless it is the same' for repo, each in repos.items()]
+        return [*done, f"would add {len(repos)} to the collection '{COLLECTION}' of {organisation}", *lines]
+    _require_login()
+    done = [
+        f'unchanged: {repo}' if _is_on_hub(each, repo) else f'published: {push(each, repo)}'
+        for repo, each in repos.items()
+    ]
+    collection = HfApi().create_collection(COLLECTION, namespace=organisation, exists_ok=True)
+    for repo in repos:
+        HfApi().add_collection_item(collection.slug, repo, 'model', exists_ok=True)
+    return [*done, f'collection: {collection.url}', *lines]
+
+
+def _whole_folders(folder: Path) -> list[Path]:
+    """List the folders of weights in ``folder``. Each must have all files, and weights of the hash in its config."""
+    if not folder.is_dir():
+        raise ValueError(f'there is no folder {folder}; write folders MODEL.TAG into it with export')
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
+    if not folders:
+        raise ValueError(f'{folder} holds no folder MODEL.TAG; write one with export')
+    for each in folders:
+        missing = [name for name in FILES if not (each / name).is_file()]
+        if missing:
+            raise ValueError(f'{each} has no {", ".join(missing)}; write it again with export')
+        notes = json.loads((each / 'config.json').read_text()).get('pretrained_cfg', {}).get('notes') or ['no hash']
+        found = f'sha256:{sha256_of(each / FILENAME)}'
+        if found not in notes:
+            raise ValueError(f'{each / FILENAME} has {found}, but config.json {notes[0]}; write it again with export')
+    return folders
+
+
+def _is_on_hub(folder: Path, repo_id: str) -> bool:
+    """Say whether the Hub holds these weights, with this config and this card."""
+    try:
+        if get_hf_file_metadata(hf_hub_url(repo_id, FILENAME)).etag != sha256_of(folder / FILENAME):
+            return False
+        config, card = (Path(hf_hub_download(repo_id, name)).read_text() for name in FILES[1:])
+    except (RepositoryNotFoundError, EntryNotFoundError):
+        return False
+    same_config = json.loads(config) == json.loads((folder / 'config.json').read_text())
+    return same_config and card == _card(folder, repo_id)
+
+
+def _card(folder: Path, repo_id: str) -> str:
+    """Read the card of a folder, with the name of its repository."""
+    return (folder / 'README.md').read_text().replace(f'hf-hub:{default_repo(folder)}', f'hf-hub:{repo_id}')
+
+
+def _require_login() -> None:
+    if not get_token():
+        raise WeightsError('you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN')
 
 
 def _read_results(path: Path | None) -> dict[str, Any]:
@@ -258,6 +333,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add('folder', type=Path)
     add('repo_id', nargs='?', default='', help='ORGANISATION/NAME')
     add('--private', action='store_true')
+    add = commands.add_parser('publish', help='upload all folders of weights that the Hub does not hold').add_argument
+    add('--organisation', default=HUB_ORGANISATION, help='owner of the repositories (default: %(default)s)')
+    add(
+        '--folder', type=Path, default=Path('benchmarks/weights'), help='holds folders MODEL.TAG (default: %(default)s)'
+    )
+    add('--dry-run', action='store_true', help='say what would be done; needs no login and no network')
     return parser.parse_args(arguments)
 
 
@@ -269,9 +350,12 @@ def main(arguments: list[str] | None = None) -> None:
     """
     args = vars(parse(arguments))
     try:
-        if args.pop('command') == 'push':
+        command = args.pop('command')
+        if command == 'push':
             print(f'published: {push(**args)}')
             print(f'to list it as pretrained, write this at its tag in timm_ait/ait.py: {_listing(args["folder"])}')
+        elif command == 'publish':
+            print(*publish(**args), sep='\n')
         else:
             args['use_ema'], args['model_name'] = not args.pop('no_ema'), args.pop('model')
             print(f'written and loaded back: {export(**args)}')

@@ -3,6 +3,9 @@
 timm describes weights by a ``PretrainedCfg``. Here its field ``notes`` holds the sha256 of the file, as
 ``'sha256:<64 hex digits>'``. It stands in ``default_cfgs`` for a tag, and in config.json for a folder. If a file of the
 Hub has no such note, it is compared with the sha256 under which the Hub stores it.
+
+The weights of a tag with such a note are looked for in this package, in the folders of TIMM_AIT_WEIGHTS, in the
+checkout that this package is run from, and on the Hub, in this order. A damaged file counts as absent.
 """
 
 import errno
@@ -10,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
 __all__ = [
     'HUB_ORGANISATION',
+    'MIRRORS',
     'WeightsError',
     'fetch_weights',
     'packaged',
@@ -36,7 +41,9 @@ __all__ = [
     'sha256_of',
 ]
 
+# The organisation on the Hub. It is named here alone: `published`, model cards and `python -m timm_ait.hub` read it.
 HUB_ORGANISATION = 'timm-ait'
+MIRRORS = 'TIMM_AIT_WEIGHTS'
 FILENAME = 'model.safetensors'
 WEIGHTS = Path(__file__).parent / 'weights'
 SOURCES = ('file', 'state_dict', 'hf_hub_id', 'url')
@@ -50,6 +57,7 @@ EXPLANATIONS: tuple[tuple[type[Exception], str], ...] = (
     (EntryNotFoundError, f'the repository has no such file, and a pickle is not read in its place: {OWN_FILE}'),
 )
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 _logger = logging.getLogger(__name__)
 
@@ -131,6 +139,8 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
         return _verified(Path(cfg.file or '') / FILENAME, pinned_sha256(cfg))
     if cfg.state_dict:
         return None
+    if pinned_sha256(cfg) and (cfg.hf_hub_id or Path(cfg.file or '').parent == WEIGHTS):
+        return _first_whole_copy(cfg, cache_dir)
     if cfg.file:
         return _verified(Path(cfg.file), pinned_sha256(cfg))
     if cfg.hf_hub_id:
@@ -143,6 +153,48 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
         "or start from a ViT with timm.create_model('ait_vit_base_patch16_224', pretrained=True). "
         "To list the published weights: timm.list_models(module='ait', pretrained=True)"
     )
+
+
+def _first_whole_copy(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
+    """Return the first file with the hash of the config, from the places on this machine, then from the Hub."""
+    repo = (cfg.hf_hub_id or '').partition('@')[0]
+    name = repo.rpartition('/')[2] or Path(cfg.file or '').name.removesuffix('.safetensors')
+    tried = []
+    for path, advice in _places(name, cfg.file):
+        reason = _damage(path, pinned_sha256(cfg))
+        if not reason:
+            return path
+        tried.append(f'{path} {reason}: {advice}')
+        folder = path.parent if cfg.file or path.parent != WEIGHTS else path
+        if folder.exists() or not folder.parent.exists():  # a place that does not offer this model needs no warning
+            _logger.warning('%s; looking in the next place', tried[-1])
+    if repo:
+        try:
+            return _from_hub(cfg, cache_dir)
+        except WeightsError as error:
+            tried.append(str(error))
+    steps = '\n'.join(f'{number}. {step}' for number, step in enumerate(tried, 1))
+    raise WeightsError(
+        f'no weights for {name}. Tried in this order:\n{steps}\n'
+        f'Mend one of these places; or set {MIRRORS} to a folder that holds {name}/{FILENAME}; or {OWN_FILE}'
+    )
+
+
+def _places(name: str, file: str | None) -> Iterator[tuple[Path, str]]:
+    """List the files on this machine that may hold the weights ``name``, and what to do if one is missing or damaged.
+
+    Args:
+        name: 'model.tag'.
+        file: File that the config names, if it names one.
+    """
+    package = WEIGHTS / f'{name}.safetensors'
+    yield Path(file or package), 'install timm_ait again' if file else 'only small models come with the package'
+    for folder in os.environ.get(MIRRORS, '').split(os.pathsep):
+        if folder:
+            yield Path(folder).expanduser() / name / FILENAME, f'check {MIRRORS}, or copy the file there again'
+    checkout = WEIGHTS.parents[1] / 'benchmarks' / 'weights'
+    if checkout.is_dir():
+        yield checkout / name / FILENAME, 'get it again from the repository of this package'
 
 
 def _verified(path: Path, sha256: str) -> Path:
@@ -160,14 +212,18 @@ def _verified(path: Path, sha256: str) -> Path:
 
 def _damage(path: Path, sha256: str) -> str:
     """Say what is wrong with a safetensors file, as the end of a sentence; '' if it is whole."""
+    if not path.is_file():
+        return 'is missing'
     try:
         with safe_open(path, 'pt') as file:
             file.keys()
+        found = sha256_of(path) if sha256 else ''
+    except OSError as error:
+        return f'cannot be read ({error})'
     except SafetensorError as error:
         with path.open('rb') as start:
             is_pickle = start.read(2) in (b'PK', b'\x80\x02', b'\x80\x04')
         return 'is a pickle, which is never read here' if is_pickle else f'is no whole safetensors file ({error})'
-    found = sha256_of(path) if sha256 else ''
     return f'has the sha256 {found}, but {sha256} was published' if found != sha256 else ''
 
 
@@ -205,10 +261,15 @@ def _stored_sha256(path: Path) -> str:
 
 
 def _discard(path: Path) -> None:
-    """Remove a file from the Hub's cache: the link in the snapshot and the blob that it points to."""
-    if path.is_symlink():
-        (path.parent / os.readlink(path)).unlink(missing_ok=True)
-    path.unlink()
+    """Remove a damaged file from the Hub's cache: the link in the snapshot and the blob that it points to."""
+    try:
+        if path.is_symlink():
+            (path.parent / os.readlink(path)).unlink(missing_ok=True)
+        path.unlink()
+    except OSError as error:
+        raise WeightsError(
+            f'{path} is damaged and cannot be removed ({error.strerror}): remove it, or set HF_HOME or cache_dir='
+        ) from error
 
 
 def _download(repo: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
@@ -233,4 +294,6 @@ def _explain(error: Exception, cache_dir: str | Path | None) -> str:
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         folder = cache_dir or constants.HF_HUB_CACHE
         return f'{folder} has no space for it ({error.strerror}): free some, or set HF_HOME or cache_dir='
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+        return f'it cannot be stored ({error}): set HF_HOME or cache_dir= to a folder that you may write to'
     return f'the connection broke ({type(error).__name__}: {error}), so nothing was loaded: try again, or {OWN_FILE}'
