@@ -335,9 +335,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add('--private', action='store_true')
     add = commands.add_parser('publish', help='upload all folders of weights that the Hub does not hold').add_argument
     add('--organisation', default=HUB_ORGANISATION, help='owner of the repositories (default: %(default)s)')
-    add(
-        '--folder', type=Path, default=Path('benchmarks/weights'), help='holds folders MODEL.TAG (default: %(default)s)'
-    )
+    add('--folder', type=Path, default=Path('benchmarks/weights'), help='with folders MODEL.TAG (default: %(default)s)')
     add('--dry-run', action='store_true', help='say what would be done; needs no login and no network')
     return parser.parse_args(arguments)
 
