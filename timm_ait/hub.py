@@ -276,15 +276,16 @@ def _whole_folders(folder: Path) -> list[Path]:
 
 
 def _is_on_hub(folder: Path, repo_id: str) -> bool:
-    """Say whether the Hub holds these weights, with this config and this card."""
+    """Say whether the Hub holds the weights of a whole folder, with this config and this card."""
+    config = json.loads((folder / 'config.json').read_text())
     try:
-        if get_hf_file_metadata(hf_hub_url(repo_id, FILENAME)).etag != sha256_of(folder / FILENAME):
+        stored = get_hf_file_metadata(hf_hub_url(repo_id, FILENAME)).etag
+        if f'sha256:{stored}' not in config['pretrained_cfg']['notes']:
             return False
-        config, card = (Path(hf_hub_download(repo_id, name)).read_text() for name in FILES[1:])
+        stored_config, card = (Path(hf_hub_download(repo_id, name)).read_text() for name in FILES[1:])
     except (RepositoryNotFoundError, EntryNotFoundError):
         return False
-    same_config = json.loads(config) == json.loads((folder / 'config.json').read_text())
-    return same_config and card == _card(folder, repo_id)
+    return json.loads(stored_config) == config and card == _card(folder, repo_id)
 
 
 def _card(folder: Path, repo_id: str) -> str:
