@@ -202,10 +202,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # what exporters say of themselves
-        rows = measure(args)
+    with warnings.catch_warnings():  # what exporters say of themselves
+        warnings.simplefilter('ignore')
+        logging.disable(logging.WARNING)
+        try:
+            rows = measure(args)
+        finally:
+            logging.disable(logging.NOTSET)
     print(table(rows))
     if args.out:
         write_record(args.out, vars(args), {'rows': [asdict(row) for row in rows]})

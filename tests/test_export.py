@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 import sys
 import warnings
@@ -276,6 +277,7 @@ def test_the_script_behind_the_table_measures_every_form_at_toy_size(
             *('--turns', '1', '--out', str(tmp_path / 'out.json'), '--formats', *(set(export.FORMATS) - slow)),
         ]
     )
+    assert logging.getLogger().isEnabledFor(logging.WARNING)  # it silences the exporters alone
     rows = {row['name']: row for row in json.loads((tmp_path / 'out.json').read_text())['rows']}
     assert set(rows) == set(export.FORMATS) - slow
     assert all(row['megabytes'] > 0.1 and row['images_per_second'] > 0 for row in rows.values())
