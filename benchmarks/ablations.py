@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from baselines import LIKE_VIT_B, Baseline, Head, Stem
-from memory import NoAttention, NoMemory
+from memory import IMAGE, NoAttention, NoMemory
 from mixers import CrossAttention, ViT
 from torch import Tensor, nn
 
@@ -108,7 +108,7 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_reset': Ablation('the memory starts anew every epoch', ResetMemory),
     'ait_frozen': Ablation('orthogonal slots that nothing writes', OrthogonalMemory, dict(write_mode='never')),
     'ait_distinct': Ablation('a write that leaves the slots distinct', args=dict(write_rule='distinct')),
-    'ait_image': Ablation('the same, for each image', args=dict(write_rule='distinct', write_scope='image')),
+    'ait_image': Ablation('the same, for each image', args=IMAGE),
 }
 NAMES = (*ABLATIONS, REGISTERS)
 

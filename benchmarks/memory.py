@@ -35,6 +35,15 @@ class NoMemory(GlobalWorkspace):
         return h
 
 
+class UnitGain(GlobalWorkspace):
+    """The gain on the retrieval starts at 1."""
+
+    def reset_parameters(self) -> None:
+        """Start from 1 and not from sqrt(D)."""
+        super().reset_parameters()
+        nn.init.ones_(self.scale)
+
+
 class NoAttention(nn.Module):
     """In the place of self-attention: nothing."""
 
@@ -43,12 +52,20 @@ class NoAttention(nn.Module):
         return torch.zeros_like(x)
 
 
+FROZEN: dict[str, Any] = dict(write_mode='never', write_rule='distinct')
+IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_decay=0.5)
 VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
     'none': (NoMemory, dict(write_mode='never')),
-    'frozen': (GlobalWorkspace, dict(write_mode='never', write_rule='distinct')),
+    'registers': (NoMemory, dict(write_mode='never', reg_tokens=32)),
+    'frozen': (GlobalWorkspace, FROZEN),
+    'frozen_gain1': (UnitGain, FROZEN),
     'published': (GlobalWorkspace, {}),
+    'published_detached': (GlobalWorkspace, dict(write_grad=False)),
     'distinct': (GlobalWorkspace, dict(write_rule='distinct')),
-    'image': (GlobalWorkspace, dict(write_rule='distinct', write_scope='image', memory_decay=0.5)),
+    'distinct_gain1': (UnitGain, dict(write_rule='distinct')),
+    'image': (GlobalWorkspace, IMAGE),
+    'image_gain1': (UnitGain, IMAGE),
+    'image_detached': (GlobalWorkspace, dict(IMAGE, write_grad=False)),
 }
 SHAPE: dict[str, Any] = dict(
     img_size=32, patch_size=4, num_heads=4, mlp_ratio=2.0, num_classes=10, class_token=False, global_pool='avg'
