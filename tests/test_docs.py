@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +34,8 @@ def check_names(code: str, known: dict[str, Any] | None = None) -> None:
         if isinstance(node, ast.Attribute):
             root, *attributes = ast.unparse(node).split('.')
             value = names.get(root)
-            for name in attributes if root in names else ():
+            is_plain = root in names and all(name.isidentifier() for name in attributes)  # not an attribute of a call
+            for name in attributes if is_plain else ():
                 value = getattr(value, name)
 
 
@@ -50,6 +53,16 @@ def test_python_blocks_run_one_after_the_other(page: str, tmp_path: Path, monkey
             check_names(block.code, known)
         else:
             exec(compile(block.code, page, 'exec'), known)
+
+
+def test_the_script_for_torchrun_runs_on_two_processes(tmp_path: Path) -> None:
+    blocks = blocks_of((ROOT / 'docs' / 'training-stacks.md').read_text())
+    (script,) = (block.code for block in blocks if block.why_not_run is not None and 'torchrun' in block.why_not_run)
+    (tmp_path / 'train_fsdp.py').write_text(script)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'train_fsdp.py']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r'loss \d\.\d\d\n', done.stdout)
 
 
 @pytest.mark.parametrize('page', names(PAGES))
