@@ -14,6 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -31,6 +32,7 @@ from measure import (
     time_sides,
 )
 from record import write_record
+from timm.layers import Attention
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -40,7 +42,7 @@ from timm_ait import GlobalWorkspace
 Args = argparse.Namespace
 Case = tuple[str, Callable[[str], Row]]
 
-ROWS = ('inference', 'training', 'memory', 'depth', 'tokens', 'authors')
+ROWS = ('inference', 'training', 'memory', 'depth', 'tokens', 'authors', 'image', 'attention')
 SIZES = ('small', 'medium', 'base')
 LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
     '32': {size: (f'ait_{size}_patch4_32', {}) for size in SIZES},
@@ -49,19 +51,21 @@ LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
 }
 DEFAULTS = {
     'cpu': {'layouts': ['32'], 'sizes': ['small'], 'batch_sizes': [32, 128], 'tokens': [4096, 16384, 65536, 262144]}
-    | {'dtype': 'float32', 'rounds': 11},
+    | {'dtype': 'float32', 'rounds': 11, 'image_tokens': [256, 1024, 4096, 16384]},
     'cuda': {'layouts': ['32', '224'], 'sizes': SIZES, 'batch_sizes': [256], 'tokens': [4096, 16384, 65536, 262144]}
-    | {'dtype': 'bfloat16', 'rounds': 15},
+    | {'dtype': 'bfloat16', 'rounds': 15, 'image_tokens': [256, 1024, 4096, 16384]},
 }
 QUICK = {'layouts': ['toy'], 'sizes': ['small'], 'batch_sizes': [2], 'tokens': [64, 128], 'rounds': 2}
+QUICK['image_tokens'] = [8, 16]
 TURN = 0.2  # seconds; long enough that the resolution of the clock and the delay of a launch do not matter
-WIDTH, IMAGE_TOKENS = 768, 64  # of a layer alone, as in the paper
+WIDTH, IMAGE_TOKENS, HEADS = 768, 64, 12  # of a layer alone, as in the paper
+BY_IMAGE = {'write_rule': 'distinct', 'write_scope': 'image'}
 
 
-def create(layout: str, size: str, write_grad: bool = True) -> nn.Module:
+def create(layout: str, size: str, **workspace_args: Any) -> nn.Module:
     """Create the AiT of a layout and size."""
     name, model_args = LAYOUTS[layout][size]
-    return timm.create_model(name, write_grad=write_grad, **model_args)
+    return timm.create_model(name, **model_args, **workspace_args)
 
 
 def fuse(layout: str, size: str) -> nn.Module:
@@ -130,6 +134,23 @@ def workspace(layer: type[nn.Module], tokens: int, is_training: bool, args: Args
     return Side(model, step, tokens)
 
 
+def mixing(build: Callable[[], nn.Module], tokens: int, is_training: bool, args: Args) -> Side:
+    """Mix the tokens of one image, in training also backward."""
+    model = build().to(args.device).train(is_training)
+    x = torch.randn(1, tokens, WIDTH, device=args.device, requires_grad=is_training)
+    grad = torch.randn_like(x)
+
+    def step() -> None:
+        with torch.set_grad_enabled(is_training), autocast(args):
+            y = model(x)
+        if is_training:
+            y.backward(grad.to(y.dtype))
+            model.zero_grad()
+            x.grad = None
+
+    return Side(model, step, tokens)
+
+
 def model_cases(args: Args) -> Iterator[Case]:
     """Compare AiT with the ViT of the same shape: inference, training and memory."""
     timed = time_with(args)
@@ -141,7 +162,7 @@ def model_cases(args: Args) -> Iterator[Case]:
                 sides = tuple(partial(inference, build, batch, args) for build in (ait, vit))
                 yield f'{kind}, {label}', partial(timed, sides=sides, goal=1.02)
         for write_grad, goal in ((False, 1.07), (True, 1.10)):
-            ait = partial(create, layout, size, write_grad)
+            ait = partial(create, layout, size, write_grad=write_grad)
             sides = tuple(partial(training, build, batch, args) for build in (ait, vit))
             name = f'write_grad={write_grad}, {label}'
             if 'training' in args.rows:
@@ -171,6 +192,23 @@ def workspace_cases(args: Args) -> Iterator[Case]:
         sides = tuple(partial(workspace, layer, tokens, is_training, args) for layer in (ours, LoopedWorkspace))
         name = f"speed in {'training' if is_training else 'inference'}, ours / authors' way, {tokens} tokens"
         yield name, partial(timed, sides=sides, goal=2.0 if args.device == 'cuda' else None, at_least=True)
+
+
+def image_cases(args: Args) -> Iterator[Case]:
+    """Compare a memory for each image with one for the batch, and with self-attention, for longer and longer images."""
+    timed = time_with(args)
+    kinds = (inference, training) if 'image' in args.rows else ()
+    for layout, size, batch, kind in product(args.layouts, args.sizes, args.batch_sizes, kinds):
+        builds = (partial(create, layout, size, **BY_IMAGE), partial(create, layout, size))
+        sides = tuple(partial(kind, build, batch, args) for build in builds)
+        name = f'{kind.__name__}, memory of each image / of the batch, {LAYOUTS[layout][size][0]}, batch {batch}'
+        yield name, partial(timed, sides=sides, goal=None)
+    builds = (partial(GlobalWorkspace, WIDTH, 1, **BY_IMAGE), partial(Attention, WIDTH, HEADS))
+    for tokens, is_training in product(args.image_tokens if 'attention' in args.rows else [], (False, True)):
+        sides = tuple(partial(mixing, build, tokens, is_training, args) for build in builds)
+        use = 'training' if is_training else 'inference'
+        name = f'speed in {use}, memory of an image / self-attention, {tokens} tokens'
+        yield name, partial(timed, sides=sides, goal=None, at_least=True)
 
 
 def time_with(args: Args) -> Callable[..., Row]:
@@ -203,6 +241,7 @@ def parse(argv: list[str] | None = None) -> Args:
     parser.add_argument('--sizes', nargs='+', choices=SIZES)
     parser.add_argument('--batch-sizes', nargs='+', type=int)
     parser.add_argument('--tokens', nargs='+', type=int, help=f'for a layer alone; multiples of {IMAGE_TOKENS}')
+    parser.add_argument('--image-tokens', nargs='+', type=int, help='of one image, for rows "attention"')
     parser.add_argument('--rounds', type=int)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--peak-tflops', type=float, help='peak of the device, to print the share that is reached')
@@ -221,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []
-    rows = measure([*model_cases(args), *depth, *workspace_cases(args)])
+    rows = measure([*model_cases(args), *depth, *workspace_cases(args), *image_cases(args)])
     print(table(rows, args.peak_tflops))
     stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
     record = write_record(stem.with_suffix('.json'), vars(args), {'rows': [asdict(row) for row in rows]})

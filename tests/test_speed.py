@@ -74,6 +74,8 @@ def test_the_benchmark_writes_every_row_of_the_table(measured: Path) -> None:
     names = [row['name'] for row in record['rows']]
     for start in ('inference', 'fused', 'training', 'peak memory', 'throughput', 'cost per token', 'speed in training'):
         assert any(name.startswith(start) for name in names), start
+    for part in ('memory of each image / of the batch', 'memory of an image / self-attention, 16 tokens'):
+        assert sum(part in name for name in names) == 2, part
     for row in record['rows']:
         numbers = [
             *row['ours'],

@@ -15,6 +15,7 @@ from PIL import Image
 from timm.utils import reparameterize_model
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
@@ -320,6 +321,15 @@ def test_a_fused_model_with_a_gain_on_the_paper_block_gives_the_same_logits() ->
     with torch.no_grad():
         model.blocks[0].mlp.scale.uniform_(0.5, 2)
         assert torch.equal(reparameterize_model(model)(images(3)), model(images(3)))
+
+
+def test_torch_counts_the_flops_of_a_model_with_a_gain_without_gradients() -> None:
+    """Its tracker of modules refuses a parameter among the positional arguments of a module."""
+    model = make_model(write_rule='distinct').eval()
+    for counted in (model, reparameterize_model(model)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            counted(images(3))
+        assert counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize('name', ['write_rule', 'write_scope'])

@@ -36,7 +36,7 @@ class FusedWorkspace(nn.Module):
         """Retrieve from the memory that the workspace had: (B, N, E) -> (B, N, E)."""
         f = self.fc2(self.hidden_norm(self.act(self.fc1(x))))
         h = self.norm(f)
-        return self.retrieval(f if self.has_vit_path else h, h, self.attractors, self.scale)
+        return self.retrieval(f if self.has_vit_path else h, h, self.attractors, scale=self.scale)
 
     def is_writing(self) -> bool:
         """It never writes."""
