@@ -62,9 +62,9 @@ class _Sums:
         """Hook on the softmax of the retrieval; the last update counts: (T, M) or (B, N, M)."""
         self.last_shares = output
 
-    def see_retrieval(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def see_retrieval(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """Hook on the retrieval."""
-        _, h, attractors, scale = args
+        (_, h, attractors), scale = args, kwargs['scale']
         assert self.last_shares is not None
         shares = self.last_shares.float().view(*h.shape[:-1], -1)  # (T, M) or (B, N, M) -> (B, N, M)
         r = shares @ attractors.float() * (1 if scale is None else scale)  # (B, N, E)
@@ -118,7 +118,7 @@ def memory_report(model: nn.Module, batches: Tensor | Iterable[Any]) -> list[Blo
     for workspace, seen in zip(workspaces, sums, strict=True):
         hooks.append(workspace.linear_transform.register_forward_hook(seen.see_slots))
         hooks.append(workspace.retrieval.softmax.register_forward_hook(seen.see_shares))
-        hooks.append(workspace.retrieval.register_forward_hook(seen.see_retrieval))
+        hooks.append(workspace.retrieval.register_forward_hook(seen.see_retrieval, with_kwargs=True))
     device, was_training = workspaces[0].memory.device, model.training
     model.eval()
     try:
