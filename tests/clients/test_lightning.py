@@ -51,6 +51,7 @@ def test_the_trainer_leaves_the_gradient_of_the_sum(accumulate: int, compiles_st
     assert_trains_like_by_hand(
         lambda model: train(model, batches, compiles_step, accumulate_grad_batches=accumulate),
         batches,
+        tolerance=1e-4 if compiles_step else 1e-5,  # compiled operations round otherwise, and six steps carry it on
         accumulate=accumulate,
     )
 
