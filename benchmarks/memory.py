@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int)
     test = data['test']
     top1 = evaluate(model, test, settings)
     images = test[0][: min(500, len(test[0]))] / 127.5 - 1
-    report = [] if variant == 'none' else [vars(block) for block in memory_report(model, images)]
+    report = [] if VARIANTS[variant][0] is NoMemory else [vars(block) for block in memory_report(model, images)]
     parameters = sum(p.numel() for p in model.parameters())
     checkpoint.unlink(missing_ok=True)
     return {'top1': top1, 'log': log, 'memory': report, 'parameters': parameters, 'seconds': round(seconds, 2)}

@@ -62,11 +62,23 @@ def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.Captur
             for i in range(3):
                 to_pil_image(torch.rand(3, 32, 32)).save(folder / f'{i}.png')
     out = tmp_path / 'results'
-    args = [str(tmp_path), '--out', str(out), '--variants', 'none', 'image', '--width', '16', '--depth', '1']
+    args = [
+        str(tmp_path),
+        '--out',
+        str(out),
+        '--variants',
+        'none',
+        'registers',
+        'image',
+        '--width',
+        '16',
+        '--depth',
+        '1',
+    ]
     args += ['--images', '3', '--test-images', '2', '--epochs', '1', '--batch-size', '10', '--threads', '1']
     memory.main([*args, '--seeds', '1'])
     first = {path.name: path.stat().st_mtime_ns for path in out.glob('*.json')}
-    assert len(first) == 2
+    assert len(first) == 3
     memory.main([*args, '--seeds', '1', '2'])
     assert {name: (out / name).stat().st_mtime_ns for name in first} == first  # what has a result is not run again
     record = json.loads(next(out.glob('image-*-1.json')).read_text())
