@@ -98,6 +98,17 @@ def test_a_keyword_that_a_model_takes_is_in_the_table_of_keywords() -> None:
     assert [name for name in WORKSPACE_ARGS if f'`{name}`' not in table] == []
 
 
+def test_every_experiment_names_a_script_that_has_its_options() -> None:
+    table = (ROOT / 'docs' / 'experiments.md').read_text()
+    commands = [command.split() for command in re.findall(r'\| `(\w+\.py[^`]*)`', table) if 'train.py' not in command]
+    assert len(commands) > 10
+    for script, *words in commands:
+        texts = [(ROOT / 'benchmarks' / name).read_text() for name in {script, 'tables.py'}]
+        for word in words:
+            if word.startswith('--'):
+                assert any(f"'{word}'" in text for text in texts), f'{script} {word}'
+
+
 def test_every_public_name_is_on_the_page_of_the_api() -> None:
     import timm_ait
 
