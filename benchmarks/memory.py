@@ -120,6 +120,13 @@ def interval(values: list[float]) -> float:
     return T[n - 1] * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
 
 
+def gain(top1: dict[int, float], control: dict[int, float]) -> str:
+    """Mean difference over the seeds that both have, with half of its 95 % interval; '' if there is none."""
+    gains = [value - control[seed] for seed, value in top1.items() if seed in control]
+    half = f' ± {interval(gains):.2f}' if len(gains) > 1 else ''
+    return f'{statistics.mean(gains):+.2f}{half}' if gains else ''
+
+
 def gather(folder: Path) -> dict[tuple[str, str], dict[int, Any]]:
     """Results by (setting, variant), then by seed."""
     found: dict[tuple[str, str], dict[int, Any]] = {}
@@ -137,18 +144,19 @@ def table(found: dict[tuple[str, str], dict[int, Any]]) -> str:
     heading = '| setting | memory | seeds | top-1, % | less that of no memory | training loss | slots: cosine, rank '
     lines = [f'{heading}| retrieval varies, % |', '|---|---|---|---|---|---|---|---|']
     for (setting, variant), seeds in found.items():
-        control = found.get((setting, 'none'), {})
-        top1 = [record['top1'] for record in seeds.values()]
-        gains = [record['top1'] - control[seed]['top1'] for seed, record in seeds.items() if seed in control]
-        gain = f'{statistics.mean(gains):+.2f} ± {interval(gains):.2f}' if gains and variant != 'none' else ''
+        top1, control = (
+            {seed: record['top1'] for seed, record in found.get((setting, name), {}).items()}
+            for name in (variant, 'none')
+        )
+        values = list(top1.values())
         loss = statistics.mean(record['log'][-1]['loss'] for record in seeds.values())
         blocks = [block for record in seeds.values() for block in record['memory']]
         mean = {key: statistics.mean(block[key] for block in blocks) for key in (blocks[0] if blocks else ())}
         slots = f'{mean["mean_cosine"]:.2f}, {mean["effective_rank"]:.1f}' if mean else ''
         varies = f'{100 * mean["varies_over_tokens"]:.0f}' if mean else ''
         lines.append(
-            f'| {setting} | {variant} | {len(seeds)} | {statistics.mean(top1):.2f} ± {interval(top1):.2f} | {gain} '
-            f'| {loss:.3f} | {slots} | {varies} |'
+            f'| {setting} | {variant} | {len(seeds)} | {statistics.mean(values):.2f} ± {interval(values):.2f} '
+            f'| {"" if variant == "none" else gain(top1, control)} | {loss:.3f} | {slots} | {varies} |'
         )
     return '\n'.join(lines)
 

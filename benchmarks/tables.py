@@ -25,7 +25,7 @@ import ablations
 import baselines
 import torch
 from loop import Data, OutOfTimeError, Settings, evaluate, fit
-from memory import T, interval
+from memory import T, gain, interval
 from record import write_record
 from torch import nn
 from upcycle import load
@@ -192,13 +192,18 @@ def mean_and_interval(records: list[Any]) -> tuple[float, float]:
 
 def format_table(rows: dict[str, list[Any]]) -> str:
     """A table in Markdown."""
-    lines = ['| model | trained parameters, M | seeds | top-1, % | training loss |', '|---|---|---|---|---|']
+    lines = [
+        '| model | trained parameters, M | seeds | top-1, % | less that of ait | training loss |',
+        '|---|---|---|---|---|---|',
+    ]
+    top1 = {row: {record['seed']: record['top1'] for record in records} for row, records in rows.items()}
     for row, records in rows.items():
         mean, half = mean_and_interval(records)
         loss = statistics.mean(record['log'][-1]['loss'] for record in records)
         spread = f' ± {half:.2f}' if len(records) > 1 else ''
         parameters = records[0]['parameters'] / 1e6
-        lines.append(f'| {row} | {parameters:.2f} | {len(records)} | {mean:.2f}{spread} | {loss:.3f} |')
+        less = '' if row == 'ait' else gain(top1[row], top1.get('ait', {}))
+        lines.append(f'| {row} | {parameters:.2f} | {len(records)} | {mean:.2f}{spread} | {less} | {loss:.3f} |')
     return '\n'.join(lines)
 
 
