@@ -1,6 +1,7 @@
 """What the memories of a model hold, and what its tokens retrieve, in a few numbers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class BlockReport:
     slots_in_use: float
 
 
-class _Sums:
+class Sums:
     """Sums over all tokens that pass one workspace."""
 
     def __init__(self) -> None:
@@ -47,11 +48,12 @@ class _Sums:
         self.mean: Any = 0
         self.means_squared: Any = 0
         self.means: Any = 0
+        self.last_slots: Tensor | None = None
         self.last_shares: Tensor | None = None
 
     def see_slots(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook on the linear transform, which gets slots of unit length: (M, D) or (B, M, D)."""
-        slots = args[0].float()
+        slots = self.last_slots = args[0].float()
         M = slots.shape[-2]
         cosines = slots @ slots.transpose(-2, -1)
         self.cosines.append(((cosines.sum(dim=(-2, -1)) - M) / max(M * (M - 1), 1)).mean())
@@ -93,6 +95,41 @@ class _Sums:
         )
 
 
+@contextmanager
+def watch(model: nn.Module) -> Iterator[dict[GlobalWorkspace, Sums]]:
+    """Inside it, a model evaluates, stores nothing in its memories, and sums what passes its workspaces.
+
+    Raises:
+        ValueError: If the model has no workspace.
+    """
+    sums = {module: Sums() for module in model.modules() if isinstance(module, GlobalWorkspace)}
+    if not sums:
+        raise ValueError(
+            'the model has no GlobalWorkspace to report on; a fused model has none: report before you fuse'
+        )
+    hooks = []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for workspace, seen in sums.items():
+            vars(workspace)['store'] = _store_nothing  # a workspace may write in evaluation too
+            hooks.append(workspace.linear_transform.register_forward_hook(seen.see_slots))
+            hooks.append(workspace.retrieval.softmax.register_forward_hook(seen.see_shares))
+            hooks.append(workspace.retrieval.register_forward_hook(seen.see_retrieval, with_kwargs=True))
+        yield sums
+    finally:
+        for workspace in sums:
+            vars(workspace).pop('store', None)
+        for module, mode in modes.items():
+            module.training = mode
+        for hook in hooks:
+            hook.remove()
+
+
+def _store_nothing(*args: Any) -> None:
+    """In the place of :meth:`GlobalWorkspace.store`, the only method that changes a memory."""
+
+
 @torch.no_grad()
 def memory_report(model: nn.Module, batches: Tensor | Iterable[Any]) -> list[BlockReport]:
     """Run some images through a model in evaluation mode, and report on each of its workspaces.
@@ -108,29 +145,13 @@ def memory_report(model: nn.Module, batches: Tensor | Iterable[Any]) -> list[Blo
     Raises:
         ValueError: If the model has no workspace, or if there are no images.
     """
-    workspaces = [module for module in model.modules() if isinstance(module, GlobalWorkspace)]
-    if not workspaces:
-        raise ValueError(
-            'the model has no GlobalWorkspace to report on; a fused model has none: report before you fuse'
-        )
-    sums = [_Sums() for _ in workspaces]
-    hooks = []
-    for workspace, seen in zip(workspaces, sums, strict=True):
-        hooks.append(workspace.linear_transform.register_forward_hook(seen.see_slots))
-        hooks.append(workspace.retrieval.softmax.register_forward_hook(seen.see_shares))
-        hooks.append(workspace.retrieval.register_forward_hook(seen.see_retrieval, with_kwargs=True))
-    device, was_training = workspaces[0].memory.device, model.training
-    model.eval()
-    try:
+    with watch(model) as sums:
+        device = next(iter(sums)).memory.device
         for batch in [batches] if isinstance(batches, Tensor) else batches:
             model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    if not sums[0].images:
+    if not all(seen.images for seen in sums.values()):
         raise ValueError('expected at least one batch of images, got none')
-    return [seen.report() for seen in sums]
+    return [seen.report() for seen in sums.values()]
 
 
 def format_report(reports: list[BlockReport]) -> str:
