@@ -32,7 +32,7 @@ from timm_ait.card import default_repo, write_card
 from timm_ait.convert import fit_pretrained
 from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
 
-__all__ = ['Checkpoint', 'export', 'publish', 'push', 'read_checkpoint']
+__all__ = ['Checkpoint', 'build_model', 'export', 'publish', 'push', 'read_checkpoint']
 
 COLLECTION = 'Associative Transformer'
 FILES = (FILENAME, 'config.json', 'README.md')
@@ -114,7 +114,7 @@ def export(
     if folder.exists():
         raise ValueError(f'{folder} exists; choose another folder or remove this one')
     read = read_checkpoint(checkpoint, use_ema)
-    model, model_args = _build(read, checkpoint, model_name, model_kwargs or {})
+    model, model_args = build_model(read, checkpoint, model_name, model_kwargs or {})
     model.to(getattr(torch, dtype))
     facts = {**read.facts, **_read_results(results)}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -128,10 +128,20 @@ def export(
     return folder
 
 
-def _build(
+def build_model(
     read: Checkpoint, path: Path, model_name: str, model_kwargs: dict[str, Any]
 ) -> tuple[AssociativeTransformer, dict[str, Any]]:
-    """Build the model of a checkpoint, with its weights. Return it and the arguments of its constructor."""
+    """Build the model of a checkpoint, with its weights. Return it and the arguments of its constructor.
+
+    Args:
+        read: Content of the checkpoint.
+        path: Its file, for error messages.
+        model_name: Entry point, or '' if the checkpoint says it.
+        model_kwargs: Arguments of the model, beside those in the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint does not say its model, or does not fit it.
+    """
     args = read.args
     name = model_name or args.get('model')
     if not name:
@@ -147,7 +157,9 @@ def _build(
     kwargs = {**known, **(args.get('model_kwargs') or {}), **model_kwargs}
     model = timm.create_model(name, pretrained_cfg_overlay={'num_classes': kwargs['num_classes']}, **kwargs)
     if not isinstance(model, AssociativeTransformer):
-        raise ValueError(f'{name} is no model of this package; publish it with timm.models.push_to_hf_hub')
+        raise ValueError(
+            f'{name} is no model of this package: it has no memory; timm.models.push_to_hf_hub publishes it'
+        )
     model.load_state_dict(fit_pretrained(read.state_dict, model, str(path)))
     args = {**args, 'input_size': (model.in_chans, *model.patch_embed.img_size)}
     model.pretrained_cfg.update(resolve_data_config(args, pretrained_cfg=model.pretrained_cfg, model=model))

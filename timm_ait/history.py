@@ -1,0 +1,142 @@
+"""Follow the memories of a model over the checkpoints of a training: how far they move, and what they do."""
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .hub import build_model, read_checkpoint
+from .inspection import inspect
+
+__all__ = [
+    'Drift',
+    'find_checkpoints',
+    'follow_training',
+    'load_checkpoint',
+    'measure_drift',
+    'read_memories',
+    'write_csv',
+]
+
+
+@dataclass
+class Drift:
+    """How far the slots of L blocks move over T checkpoints, as 1 - cosine: 0 unmoved, 1 at right angles, 2 opposite.
+
+    Attributes:
+        labels: Name of each checkpoint.
+        since_first: (T, L, M) distance of each slot from the same slot in the first checkpoint.
+        since_last: (T, L, M) the same from the checkpoint before; 0 in the first.
+    """
+
+    labels: list[str]
+    since_first: Tensor
+    since_last: Tensor
+
+
+def measure_drift(labels: Sequence[str], memories: Sequence[Tensor]) -> Drift:
+    """Compare the memories of several checkpoints.
+
+    Args:
+        labels: Their names.
+        memories: Of each checkpoint (L, M, D), as :func:`read_memories` gives them.
+
+    Raises:
+        ValueError: If there are fewer than two, or if they are not of one shape.
+    """
+    shapes = [tuple(memory.shape) for memory in memories]
+    if len(shapes) < 2 or len(set(shapes)) > 1:
+        raise ValueError(
+            f'drift needs at least two checkpoints of one model, got memories (L, M, D) of shapes {shapes}'
+        )
+    slots = F.normalize(torch.stack(list(memories)).double(), dim=-1)  # (T, L, M, D)
+    before = torch.cat([slots[:1], slots[:-1]])
+    return Drift(list(labels), 1 - (slots * slots[:1]).sum(dim=-1), 1 - (slots * before).sum(dim=-1))
+
+
+def read_memories(path: Path) -> Tensor:
+    """The memories (L, M, D) of all blocks in a checkpoint.
+
+    Raises:
+        ValueError: If the file is no checkpoint, or holds no memory.
+    """
+    weights = read_checkpoint(path).state_dict
+    memories = [value for key, value in weights.items() if key.split('.')[-1] == 'memory']
+    if not memories:
+        raise ValueError(f'{path} holds no memory; give checkpoints of an Associative Transformer')
+    return torch.stack(memories)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The files ``checkpoint-<epoch>.pth.tar`` that timm's train.py has left in ``folder``, by epoch.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    paths = [path for path in folder.glob('checkpoint-*.pth.tar') if re.fullmatch(r'\d+', _epoch(path))]
+    if not paths:
+        raise ValueError(f'{folder} holds no checkpoint-<epoch>.pth.tar; give the output folder of train.py')
+    return sorted(paths, key=lambda path: int(_epoch(path)))
+
+
+def _epoch(path: Path) -> str:
+    return path.name.removeprefix('checkpoint-').removesuffix('.pth.tar')
+
+
+def load_checkpoint(path: Path) -> nn.Module:
+    """The model of a checkpoint of train.py, which says its name and its arguments, with its weights.
+
+    Raises:
+        ValueError: If the file is no such checkpoint.
+    """
+    read = read_checkpoint(path)
+    if not read.args.get('model'):
+        raise ValueError(f'{path} does not say which model it holds; name the model, and give --checkpoint {path}')
+    return build_model(read, path, '', {})[0]
+
+
+def follow_training(run: Path, images: Tensor) -> list[dict[str, Any]]:
+    """What the memories did in a training, by epoch and block.
+
+    Args:
+        run: Output folder of train.py, with summary.csv and checkpoints.
+        images: (B, C, H, W), normalised; the same for all checkpoints.
+
+    Returns:
+        A row for each block of each epoch: what summary.csv says of the epoch (``epoch``, ``train_loss``,
+        ``eval_top1``), then the fields of :class:`timm_ait.BlockReport`, ``balance_loss`` and ``tokens_read``. An epoch
+        whose checkpoint train.py has not kept has one row, without block.
+
+    Raises:
+        ValueError: If there is no summary.csv or no checkpoint.
+    """
+    checkpoints = {int(_epoch(path)): path for path in find_checkpoints(run)}
+    summary = run / 'summary.csv'
+    if not summary.is_file():
+        raise ValueError(f'{run} holds no summary.csv, which train.py writes after each epoch')
+    with summary.open(newline='') as file:
+        epochs = {int(row['epoch']): row for row in csv.DictReader(file)}
+    rows: list[dict[str, Any]] = []
+    for epoch in sorted(epochs.keys() | checkpoints.keys()):
+        known = {name: float(epochs.get(epoch, {}).get(name) or 'nan') for name in ('train_loss', 'eval_top1')}
+        blocks = inspect(load_checkpoint(checkpoints[epoch]), images) if epoch in checkpoints else []
+        numbers = [
+            {'block': i, **asdict(x.report), 'balance_loss': x.balance_loss, 'tokens_read': x.tokens_read}
+            for i, x in enumerate(blocks)
+        ]
+        rows += [{'epoch': epoch, **known, **each} for each in numbers or [{}]]
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows of :func:`follow_training`."""
+    with path.open('w', newline='') as file:
+        writer = csv.DictWriter(file, max(rows, key=len))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,300 @@
+"""See what the memories of a model hold, in one HTML file: ``python -m timm_ait.visualize MODEL FOLDER_OF_IMAGES``.
+
+MODEL is the name of a model, a checkpoint of timm's train.py, or the folder that train.py has written. Such a folder
+also gives pictures of the training: what the memories did by epoch. The file needs no network and no script.
+"""
+
+import argparse
+import base64
+import io
+import sys
+from collections.abc import Sequence
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from timm_ait import AssociativeTransformer, RelationalTransformer, drawing, format_report
+from timm_ait.history import (
+    Drift,
+    find_checkpoints,
+    follow_training,
+    load_checkpoint,
+    measure_drift,
+    read_memories,
+    write_csv,
+)
+from timm_ait.hub import build_model, read_checkpoint
+from timm_ait.inspection import DEAD, TWINS, BlockInspection, inspect
+from timm_ait.pretrained import WeightsError
+
+__all__ = ['Page', 'main', 'read_images', 'visualize']
+
+STYLE = """
+body { font: 16px/1.5 sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+img { max-width: 100%; height: auto; display: block }
+figure { margin: 1rem 0 }
+table { border-collapse: collapse }
+th, td { border: 1px solid #bbb; padding: .2rem .6rem; text-align: right }
+summary { cursor: pointer; font-weight: bold; margin: 1rem 0 }
+"""
+TABLE = (
+    'Look first at how much the retrieval varies over tokens. Near 0 % every token retrieves the same, and the memory '
+    'is a constant. A mean cosine of 1 says that all slots are one point. The lengths and the variation are root mean '
+    'squares; effective rank and slots in use count from 1 to all slots.'
+)
+COSINES = (
+    'Each square compares two slots: dark red means the same direction, white a right angle, blue opposite directions. '
+    'A healthy memory is red on the diagonal alone. A square that is red all over is a memory of one point.'
+)
+USE = (
+    'How much of the retrieval each slot gets. The dashed line is an even share. Even bars say that no slot is idle, '
+    'but slots that are alike are even too. Dead slots are red, with a cross.'
+)
+ENERGY = (
+    'The Hopfield energy of the tokens before and after each retrieval step, on a logarithmic scale, with the range of '
+    'nine tokens out of ten. The model stops at the dashed line. Each step lowers the energy or keeps it. If it is '
+    'flat from the first step on, more steps change nothing.'
+)
+POSITIONS = (
+    'Where in an image each slot (column) of each write head (row) reads: its gates, summed over all images. White is '
+    'where it reads most. Look for slots that read different places, or for columns that are all alike.'
+)
+READS = (
+    'What each slot (column) reads in some images: its gates, summed over heads. The image is lit where the slot reads. '
+    'Look for slots that follow objects, and for images that a slot leaves out. An evenly lit column reads everything.'
+)
+RETRIEVAL = (
+    'The slot that each token retrieves most, and its weight. Look for regions that share a slot. Where the weight is '
+    'near {even:.3f}, an even share, the token retrieves all slots alike, and the slot shown is chance.'
+)
+DRIFT = (
+    'How far the slots are from where they were, as 1 - cosine: 0 is unmoved, 1 a right angle. The line is the mean '
+    'over slots, the band their range. A memory that has settled is near 0 since the last checkpoint.'
+)
+TRAINING = (
+    'The training by epoch, from summary.csv and the checkpoints. Look whether the mean cosine rises to 1 and the '
+    'variation over tokens falls to 0: the memory then collapses, even if the loss falls.'
+)
+
+
+class Page(str):
+    """A whole HTML document. A notebook shows it as the result of a cell; ``Path.write_text`` saves it."""
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{escape(self)}" style="width: 100%; height: 50rem; border: 0"></iframe>'
+
+
+def visualize(
+    model: nn.Module,
+    images: Tensor,
+    *inputs: Tensor,
+    title: str = '',
+    pictures: int = 6,
+    drift: Drift | None = None,
+    history: Sequence[dict[str, Any]] = (),
+) -> Page:
+    """Draw what the memories of a model hold, and what its tokens retrieve.
+
+    Args:
+        model: With at least one :class:`timm_ait.GlobalWorkspace`. Its mode and its memory stay as they are.
+        images: (B, C, H, W), normalised. As in training, the tokens of all images compete.
+        *inputs: What else the model takes, as the questions (B, Q) of a relational one.
+        title: Name of the model.
+        pictures: So many of the images are shown, from the first on.
+        drift: From :func:`timm_ait.history.measure_drift`, to be drawn too.
+        history: From :func:`timm_ait.history.follow_training`, to be drawn too.
+
+    Raises:
+        ValueError: If the model has no workspace.
+        ImportError: If matplotlib is missing.
+    """
+    _require_matplotlib()
+    blocks = inspect(model, images, *inputs)
+    shown = images[:pictures]
+    parts = [
+        f'<p>{len(images)} images went through the model in evaluation mode.</p>',
+        '<h2>The numbers</h2>',
+        f'<p>{TABLE}</p>',
+        _table(format_report([block.report for block in blocks])),
+        '<h2>Are slots alike?</h2>',
+        *(f'<p>Block {i}: {_alike(block)}</p>' for i, block in enumerate(blocks)),
+        _picture('Cosine between slots', COSINES, drawing.draw_cosines(blocks)),
+        '<h2>Which slots are used?</h2>',
+        _picture('Use of the slots', USE, drawing.draw_use(blocks)),
+        '<h2>How does retrieval settle?</h2>',
+        _picture('Energy along retrieval steps', ENERGY, drawing.draw_energy(blocks)),
+        '<h2>What does each slot read, and each token retrieve?</h2>',
+        *(_block(i, block, shown) for i, block in enumerate(blocks)),
+    ]
+    if drift is not None:
+        parts += ['<h2>Does the memory move?</h2>', _picture('Drift of the memory', DRIFT, drawing.draw_drift(drift))]
+    if history:
+        parts += ['<h2>The training</h2>', _picture('Training by epoch', TRAINING, drawing.draw_training(history))]
+    name = escape(title or type(model).__name__)
+    return Page(
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>The memory of {name}</title>'
+        f'<style>{STYLE}</style></head>\n<body><h1>The memory of {name}</h1>\n'
+        + '\n'.join(parts)
+        + '\n</body></html>\n'
+    )
+
+
+def _require_matplotlib() -> None:
+    if find_spec('matplotlib') is None:
+        raise ImportError("the pictures need matplotlib: pip install 'timm_ait[visualize]'")
+
+
+def _block(i: int, block: BlockInspection, images: Tensor) -> str:
+    """The pictures of one block; a reader opens those of the others."""
+    retrieval = RETRIEVAL.format(even=1 / len(block.use))
+    reads = f'{READS} A slot of this block reads {block.tokens_read:.0f} tokens (exp of the mean entropy of its gates).'
+    return '\n'.join(
+        [
+            f'<details{"" if i else " open=" + chr(34) * 2}><summary>Block {i}</summary>',
+            _picture(f'Positions that the slots of block {i} read', POSITIONS, drawing.draw_positions(block)),
+            _picture(f'Images as the slots of block {i} read them', reads, drawing.draw_reads(images, block)),
+            _picture(f'Retrieval of the tokens in block {i}', retrieval, drawing.draw_retrieval(images, block)),
+            '</details>',
+        ]
+    )
+
+
+def _alike(block: BlockInspection) -> str:
+    """Twins and dead slots of a block, in words."""
+    groups = ' and '.join(f'{", ".join(map(str, group))}' for group in block.twins())
+    if any(len(group) == len(block.use) for group in block.twins()):
+        groups = 'all'
+    dead = ', '.join(map(str, block.dead()))
+    twins = f'slots {groups} are twins (cosine above {TWINS})' if groups else f'no twins (cosine above {TWINS})'
+    return f'{twins}; ' + (f'dead slots: {dead}' if dead else 'no dead slot') + f' (below {DEAD} of an even share).'
+
+
+def _table(markdown: str) -> str:
+    """A Markdown table as an HTML table."""
+    head, _, *body = [line.strip('| ').split(' | ') for line in markdown.splitlines()]
+    rows = [''.join(f'<td>{cell}</td>' for cell in row) for row in body]
+    head_cells = ''.join(f'<th>{cell}</th>' for cell in head)
+    return f'<table><tr>{head_cells}</tr>' + ''.join(f'<tr>{row}</tr>' for row in rows) + '</table>'
+
+
+def _picture(name: str, words: str, figure: Any) -> str:
+    """A figure inside the document, with its words above and its name for those who do not see it."""
+    file = io.BytesIO()
+    figure.savefig(file, format='png', dpi=100)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<figure><figcaption>{words}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"/></figure>'
+
+
+def read_images(folder: Path, model: nn.Module, count: int) -> Tensor:
+    """At most ``count`` images (B, C, H, W), evenly spread over a folder and its subfolders, as the model takes them.
+
+    Raises:
+        ValueError: If there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f'there is no folder {folder}; give a folder of images')
+    try:
+        dataset = ImageDataset(str(folder), transform=create_transform(**resolve_model_data_config(model)))
+    except RuntimeError as error:
+        raise ValueError(
+            f'{folder} holds no images; give a folder with .jpg or .png files, or folders of them'
+        ) from error
+    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    return torch.stack([dataset[i][0] for i in chosen])
+
+
+def _load(name: str, checkpoint: Path | None) -> nn.Module:
+    """The model of this name, with its own weights or those of a checkpoint."""
+    if not timm.is_model(name):
+        raise ValueError(
+            f'{name} is no model that timm knows, no checkpoint and no folder; see timm.list_models("*ait*")'
+        )
+    if not isinstance(timm.create_model(name), AssociativeTransformer):
+        raise ValueError(f'{name} has no memory to look into; name a model of this package, such as test_ait')
+    if checkpoint is None:
+        return timm.create_model(name, pretrained=True)
+    return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_ait.visualize', description=(__doc__ or '').partition('\n')[0]
+    )
+    add = parser.add_argument
+    add('model', help='name of a model, a checkpoint of train.py, or the folder that train.py has written')
+    add('folder', type=Path, help='images, in subfolders or not')
+    add('--checkpoint', type=Path, help='weights for a model that is given by name')
+    add(
+        '--checkpoints',
+        type=Path,
+        nargs='+',
+        metavar='PATH',
+        help='for drift: files in order, or the folder of train.py',
+    )
+    add('--out', type=Path, default=Path('output/memory'), help='folder for memory.html (default: %(default)s)')
+    add('--images', type=int, default=64, help='so many go through the model together (default: %(default)s)')
+    add('--pictures', type=int, default=6, help='so many of them are drawn (default: %(default)s)')
+    args = parser.parse_args(argv)
+    for name in ('images', 'pictures'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
+    return args
+
+
+def run(args: argparse.Namespace) -> list[Path]:
+    """Write the files that the command line asks for, and return their paths."""
+    _require_matplotlib()
+    given = Path(args.model)
+    is_run = not timm.is_model(args.model) and given.is_dir()
+    files = args.checkpoints or ([given] if is_run else [])
+    paths = find_checkpoints(files[0]) if len(files) == 1 and files[0].is_dir() else files
+    if is_run:
+        model = load_checkpoint(paths[-1])
+    elif not timm.is_model(args.model) and given.is_file():
+        model = load_checkpoint(given)
+    else:
+        model = _load(args.model, args.checkpoint)
+    if isinstance(model, RelationalTransformer):
+        raise ValueError(
+            f'{args.model} answers questions, and a folder of images holds none; in Python call '
+            'timm_ait.visualize.visualize(model, images, questions)'
+        )
+    images = read_images(args.folder, model, args.images)
+    history = follow_training(given, images) if is_run else []
+    drift = measure_drift([_label(path) for path in paths], [read_memories(path) for path in paths]) if paths else None
+    page = visualize(model, images, title=args.model, pictures=args.pictures, drift=drift, history=history)
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = [args.out / 'memory.html']
+    written[0].write_text(page, encoding='utf-8')
+    if history:
+        written.append(args.out / 'training.csv')
+        write_csv(written[1], history)
+    return written
+
+
+def _label(path: Path) -> str:
+    return path.name.removeprefix('checkpoint-').removesuffix('.pth.tar').removesuffix('.safetensors')
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        SystemExit: If it fails; the message is one sentence.
+    """
+    try:
+        for path in run(parse(argv)):
+            print(path)
+    except (ValueError, WeightsError, OSError, ImportError) as error:
+        sys.exit(f'python -m timm_ait.visualize: {error}')
+
+
+if __name__ == '__main__':
+    main()
