@@ -29,7 +29,7 @@ NUMBERS = {
     'train_loss': 'train loss',
     'eval_top1': 'top-1 accuracy, %',
     'mean_cosine': 'mean cosine between slots',
-    'effective_rank': 'directions of the slots (effective rank)',
+    'effective_rank': 'effective rank of the slots',
     'slots_in_use': 'slots in use',
     'varies_over_tokens': 'retrieval varies over tokens, share',
     'balance_loss': 'balance loss',
@@ -65,13 +65,13 @@ def _of_blocks(blocks: Sequence[Any]) -> list[str]:
 
 def draw_cosines(blocks: Sequence[BlockInspection]) -> Any:
     """Cosine between each two slots, one square for each block."""
-    figure, axes = _panels(_of_blocks(blocks))
+    figure, axes = _panels(_of_blocks(blocks), size=(3.0, 3.2))
     for axis, block in zip(axes, blocks, strict=True):
         picture = axis.imshow(block.cosines, cmap='RdBu_r', vmin=-1, vmax=1)
         _count(axis.xaxis, len(block.use))
         _count(axis.yaxis, len(block.use))
         axis.set(xlabel='slot', ylabel='slot')
-    figure.colorbar(picture, ax=axes, label='cosine', shrink=0.8)
+    figure.colorbar(picture, ax=axes, label='cosine', shrink=0.7)
     return figure
 
 
@@ -114,8 +114,7 @@ def draw_positions(block: BlockInspection) -> Any:
     maps = block.on_grid(block.gates.sum(dim=0))  # (S, M, H, W)
     S, M = maps.shape[:2]
     maps = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
-    rows = [(f'head {s}', list(maps[s])) for s in range(S)]
-    return _mosaic(rows, [f'{m}' for m in range(M)])
+    return _mosaic([f'head {s}' for s in range(S)], [list(row) for row in maps])
 
 
 def draw_reads(images: Tensor, block: BlockInspection) -> Any:
@@ -126,8 +125,7 @@ def draw_reads(images: Tensor, block: BlockInspection) -> Any:
     light = F.interpolate(maps, (CELL, CELL), mode='nearest').unsqueeze(-1)  # (B, M, CELL, CELL, 1)
     pixels = _pixels(images)
     lit = pixels.unsqueeze(1) * (0.12 + 0.88 * light)  # (B, M, CELL, CELL, 3)
-    rows = [(f'image {i}', [pixels[i], *lit[i]]) for i in range(count)]
-    return _mosaic(rows, ['image', *(f'{m}' for m in range(maps.shape[1]))])
+    return _mosaic([f'image {i}' for i in range(count)], [list(row) for row in lit], list(pixels))
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -139,20 +137,27 @@ def _pixels(images: Tensor) -> Tensor:
     return F.interpolate(x, (CELL, CELL), mode='bilinear', antialias=True).permute(0, 2, 3, 1)
 
 
-def _mosaic(rows: Sequence[tuple[str, Sequence[Tensor]]], titles: Sequence[str]) -> Any:
-    """Rows of small pictures (H, W) or (H, W, 3), in [0, 1], below their titles; long rows go on below."""
-    chunks = [range(i, min(i + COLUMNS + 1, len(titles))) for i in range(0, len(titles), COLUMNS + 1)]
-    width = len(chunks[0])
-    figure = _figure(1.2 + 0.66 * width, 0.3 * len(chunks) + 0.66 * len(rows) * len(chunks))
+def _mosaic(names: Sequence[str], rows: Sequence[list[Tensor]], first: Sequence[Tensor] = ()) -> Any:
+    """Rows of small pictures (H, W) or (H, W, 3) in [0, 1], one for each slot. Long rows go on below.
+
+    Args:
+        names: Of the rows.
+        rows: Pictures of the slots.
+        first: What each row begins with, also where it goes on.
+    """
+    M, step = len(rows[0]), CELL + GAP
+    chunks = [range(i, min(i + COLUMNS, M)) for i in range(0, M, COLUMNS)]
+    width = len(chunks[0]) + bool(first)
+    figure = _figure(1 + 0.68 * width, len(chunks) * (0.4 + 0.68 * len(rows)))
     for axis, chunk in zip(figure.subplots(len(chunks), 1, squeeze=False).flat, chunks, strict=True):
-        canvas = torch.ones(len(rows) * (CELL + GAP), width * (CELL + GAP), 3)
-        for r, (_, pictures) in enumerate(rows):
-            for c, i in enumerate(chunk):
-                top, left = r * (CELL + GAP), c * (CELL + GAP)
-                canvas[top : top + CELL, left : left + CELL] = _cell(pictures[i])
+        canvas = torch.ones(len(rows) * step, width * step, 3)
+        for r, row in enumerate(rows):
+            for c, picture in enumerate([*first[r : r + 1], *row[chunk.start : chunk.stop]]):
+                canvas[r * step : r * step + CELL, c * step : c * step + CELL] = _cell(picture)
+        titles = [*(['image'] if first else []), *map(str, chunk)]
         axis.imshow(canvas)
-        axis.set_xticks([c * (CELL + GAP) + CELL / 2 for c in range(len(chunk))], [titles[i] for i in chunk])
-        axis.set_yticks([r * (CELL + GAP) + CELL / 2 for r in range(len(rows))], [name for name, _ in rows])
+        axis.set_xticks([c * step + CELL / 2 for c in range(len(titles))], titles)
+        axis.set_yticks([r * step + CELL / 2 for r in range(len(rows))], names)
         axis.xaxis.tick_top()
         axis.tick_params(length=0, labelsize=9)
         axis.spines[:].set_visible(False)
@@ -170,7 +175,7 @@ def draw_retrieval(images: Tensor, block: BlockInspection) -> Any:
     """The attractor that each token of the images (B, C, H, W) retrieves most, and its weight."""
     count, M = len(images), len(block.use)
     weight, slot = (block.on_grid(x) for x in block.shares[:count].max(dim=-1))  # (B, H, W)
-    figure = _figure(1.5 * count + 1.2, 4.8)
+    figure = _figure(1.5 * count + 1.5, 4.8)
     axes = figure.subplots(3, count, squeeze=False)
     high = float(weight.max())
     for i, (top, middle, bottom) in enumerate(axes.T):
@@ -180,10 +185,10 @@ def draw_retrieval(images: Tensor, block: BlockInspection) -> Any:
         weights = bottom.imshow(weight[i], cmap='viridis', vmin=0, vmax=high)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[:, 0], ('image', 'slot', 'weight'), strict=True):
+    for axis, name in zip(axes[1:, 0], ('slot', 'weight'), strict=True):
         axis.set_ylabel(name)
-    figure.colorbar(slots, ax=axes[1], ticks=range(0, M, max(M // 8, 1)), label='slot')
-    figure.colorbar(weights, ax=axes[2], label='weight')
+    figure.colorbar(slots, ax=axes[:2], ticks=range(0, M, max(M // 8, 1)), label='slot')
+    figure.colorbar(weights, ax=axes[2:], label='weight')
     return figure
 
 
@@ -193,16 +198,17 @@ def draw_drift(drift: Drift) -> Any:
     figure, axes = _panels([f'block {i}' for i in range(L)])
     steps = range(len(drift.labels))
     for i, axis in enumerate(axes):
-        for values, name, colour in (
-            (drift.since_first[:, i], 'since the first', 'tab:blue'),
-            (drift.since_last[:, i], 'since the last', 'tab:orange'),
+        for values, first, name, colour in (
+            (drift.since_first[:, i], 0, 'since the first checkpoint', 'tab:blue'),
+            (drift.since_last[:, i], 1, 'since the checkpoint before', 'tab:orange'),
         ):
-            axis.fill_between(steps, values.amin(dim=-1), values.amax(dim=-1), color=colour, alpha=0.2)
-            axis.plot(steps, values.mean(dim=-1), 'o-', color=colour, markersize=4, label=name)
+            x, y = steps[first:], values[first:]
+            axis.fill_between(x, y.amin(dim=-1), y.amax(dim=-1), color=colour, alpha=0.2)
+            axis.plot(x, y.mean(dim=-1), 'o-', color=colour, markersize=4, label=name)
         shown = steps[:: max(math.ceil(len(steps) / 6), 1)]
         axis.set_xticks(shown, [drift.labels[t] for t in shown])
         axis.set(xlabel='checkpoint', ylabel='1 - cosine')
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
     return figure
 
 
@@ -219,5 +225,5 @@ def draw_training(rows: Sequence[dict[str, Any]]) -> Any:
                 axis.plot(*zip(*points, strict=True), 'o-', markersize=4, label=f'block {block}')
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel('epoch')
-    axes[2].legend(fontsize=8, ncols=math.ceil(len(blocks) / 6))
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc='outside lower center', ncols=6)
     return figure

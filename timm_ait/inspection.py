@@ -112,7 +112,8 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
 def _look(workspace: GlobalWorkspace, seen: Sums, args: Any, grid: tuple[int, int] | None) -> BlockInspection:
     """What a forward hook on the retrieval finds: its arguments, and what passed the layers before it."""
     _, h, attractors, _ = args
-    assert seen.last_slots is not None and seen.last_shares is not None
+    assert seen.last_slots is not None
+    assert seen.last_shares is not None
     B, N, _ = h.shape
     tokens = h if workspace.has_copies() else h.flatten(0, 1)  # (B, N, E) or (T, E)
     keys, _ = workspace._project(tokens)
@@ -132,11 +133,11 @@ def _look(workspace: GlobalWorkspace, seen: Sums, args: Any, grid: tuple[int, in
     )
 
 
-def _dense(selection: Selection, num_tokens: int, B: int) -> Tensor:
+def _dense(selection: Selection, num_tokens: int, images: int) -> Tensor:
     """The gates among zeros: (S, M, k) or (B, S, M, k) -> (B, S, M, N)."""
     gates, tokens, _ = selection
     dense = gates.new_zeros(*gates.shape[:-1], num_tokens).scatter(-1, tokens, gates)  # (..., S, M, T)
-    return dense if dense.ndim == 4 else dense.unflatten(-1, (B, -1)).movedim(-2, 0)  # (S, M, B*N) -> (B, S, M, N)
+    return dense if dense.ndim == 4 else dense.unflatten(-1, (images, -1)).movedim(-2, 0)  # (S, M, T) -> (B, S, M, N)
 
 
 def _energy(state: Tensor, attractors: Tensor, workspace: GlobalWorkspace) -> Tensor:

@@ -43,6 +43,7 @@ table { border-collapse: collapse }
 th, td { border: 1px solid #bbb; padding: .2rem .6rem; text-align: right }
 summary { cursor: pointer; font-weight: bold; margin: 1rem 0 }
 """
+OPEN = '<details open="">'
 TABLE = (
     'Look first at how much the retrieval varies over tokens. Near 0 % every token retrieves the same, and the memory '
     'is a constant. A mean cosine of 1 says that all slots are one point. The lengths and the variation are root mean '
@@ -57,17 +58,17 @@ USE = (
     'but slots that are alike are even too. Dead slots are red, with a cross.'
 )
 ENERGY = (
-    'The Hopfield energy of the tokens before and after each retrieval step, on a logarithmic scale, with the range of '
-    'nine tokens out of ten. The model stops at the dashed line. Each step lowers the energy or keeps it. If it is '
-    'flat from the first step on, more steps change nothing.'
+    'The Hopfield energy of the tokens before and after each retrieval step, with the range of nine tokens out of ten. '
+    'The scale is logarithmic and begins at 0.000001. The model stops at the dashed line. Each step lowers the energy '
+    'or keeps it. If it is flat from the first step on, more steps change nothing.'
 )
 POSITIONS = (
     'Where in an image each slot (column) of each write head (row) reads: its gates, summed over all images. White is '
     'where it reads most. Look for slots that read different places, or for columns that are all alike.'
 )
 READS = (
-    'What each slot (column) reads in some images: its gates, summed over heads. The image is lit where the slot reads. '
-    'Look for slots that follow objects, and for images that a slot leaves out. An evenly lit column reads everything.'
+    'What each slot (column) reads in some images: its gates, summed over heads. An image is lit where the slot reads. '
+    'Look for slots that follow objects, and for images that a slot leaves out. An evenly lit column reads all.'
 )
 RETRIEVAL = (
     'The slot that each token retrieves most, and its weight. Look for regions that share a slot. Where the weight is '
@@ -156,7 +157,7 @@ def _block(i: int, block: BlockInspection, images: Tensor) -> str:
     reads = f'{READS} A slot of this block reads {block.tokens_read:.0f} tokens (exp of the mean entropy of its gates).'
     return '\n'.join(
         [
-            f'<details{"" if i else " open=" + chr(34) * 2}><summary>Block {i}</summary>',
+            f'{"<details>" if i else OPEN}<summary>Block {i}</summary>',
             _picture(f'Positions that the slots of block {i} read', POSITIONS, drawing.draw_positions(block)),
             _picture(f'Images as the slots of block {i} read them', reads, drawing.draw_reads(images, block)),
             _picture(f'Retrieval of the tokens in block {i}', retrieval, drawing.draw_retrieval(images, block)),
@@ -167,12 +168,11 @@ def _block(i: int, block: BlockInspection, images: Tensor) -> str:
 
 def _alike(block: BlockInspection) -> str:
     """Twins and dead slots of a block, in words."""
-    groups = ' and '.join(f'{", ".join(map(str, group))}' for group in block.twins())
-    if any(len(group) == len(block.use) for group in block.twins()):
-        groups = 'all'
-    dead = ', '.join(map(str, block.dead()))
-    twins = f'slots {groups} are twins (cosine above {TWINS})' if groups else f'no twins (cosine above {TWINS})'
-    return f'{twins}; ' + (f'dead slots: {dead}' if dead else 'no dead slot') + f' (below {DEAD} of an even share).'
+    M, groups, dead = len(block.use), block.twins(), ', '.join(map(str, block.dead()))
+    names = ' and '.join('all slots' if len(group) == M else f'slots {", ".join(map(str, group))}' for group in groups)
+    twins = f'{names} are twins' if groups else 'no two slots are twins'
+    idle = f'dead slots: {dead}' if dead else 'no slot is dead'
+    return f'{twins} (cosine above {TWINS}), {idle} (below {DEAD} of an even share).'
 
 
 def _table(markdown: str) -> str:
@@ -186,9 +186,9 @@ def _table(markdown: str) -> str:
 def _picture(name: str, words: str, figure: Any) -> str:
     """A figure inside the document, with its words above and its name for those who do not see it."""
     file = io.BytesIO()
-    figure.savefig(file, format='png', dpi=100)
+    figure.savefig(file, format='webp', dpi=100, bbox_inches='tight', pil_kwargs={'quality': 90})
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<figure><figcaption>{words}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"/></figure>'
+    return f'<figure><figcaption>{words}</figcaption><img alt="{name}" src="data:image/webp;base64,{data}"/></figure>'
 
 
 def read_images(folder: Path, model: nn.Module, count: int) -> Tensor:
