@@ -33,7 +33,7 @@ from timm_ait.hub import build_model, read_checkpoint
 from timm_ait.inspection import DEAD, TWINS, BlockInspection, inspect
 from timm_ait.pretrained import WeightsError
 
-__all__ = ['Page', 'main', 'read_images', 'visualize']
+__all__ = ['Page', 'load_model', 'main', 'read_images', 'visualize']
 
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
@@ -209,17 +209,24 @@ def read_images(folder: Path, model: nn.Module, count: int) -> Tensor:
     return torch.stack([dataset[i][0] for i in chosen])
 
 
-def _load(name: str, checkpoint: Path | None) -> nn.Module:
-    """The model of this name, with its own weights or those of a checkpoint."""
-    if not timm.is_model(name):
-        raise ValueError(
-            f'{name} is no model that timm knows, no checkpoint and no folder; see timm.list_models("*ait*")'
-        )
-    if not isinstance(timm.create_model(name), AssociativeTransformer):
-        raise ValueError(f'{name} has no memory to look into; name a model of this package, such as test_ait')
-    if checkpoint is None:
+def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
+    """The model that the command line names: by its name in timm, by a checkpoint, or by the folder of train.py.
+
+    Raises:
+        ValueError: If there is no such model, or if it has no memory.
+    """
+    path = Path(name)
+    if timm.is_model(name) or name.startswith(('hf-hub:', 'local-dir:')):
+        if not isinstance(timm.create_model(name), AssociativeTransformer):
+            raise ValueError(f'{name} has no memory to look into; name a model of this package, such as test_ait')
+        if checkpoint is not None:
+            return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
         return timm.create_model(name, pretrained=True)
-    return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
+    if not path.exists():
+        raise ValueError(f'expected the name of a model, a checkpoint or the folder of train.py, got {name}')
+    if checkpoint is not None:
+        raise ValueError(f'--checkpoint goes with the name of a model, but {name} is a file or folder; leave one out')
+    return load_checkpoint(find_checkpoints(path)[-1] if path.is_dir() else path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -251,24 +258,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> list[Path]:
     """Write the files that the command line asks for, and return their paths."""
     _require_matplotlib()
-    given = Path(args.model)
-    is_run = not timm.is_model(args.model) and given.is_dir()
-    files = args.checkpoints or ([given] if is_run else [])
-    paths = find_checkpoints(files[0]) if len(files) == 1 and files[0].is_dir() else files
-    if is_run:
-        model = load_checkpoint(paths[-1])
-    elif not timm.is_model(args.model) and given.is_file():
-        model = load_checkpoint(given)
-    else:
-        model = _load(args.model, args.checkpoint)
+    model = load_model(args.model, args.checkpoint)
     if isinstance(model, RelationalTransformer):
         raise ValueError(
             f'{args.model} answers questions, and a folder of images holds none; in Python call '
             'timm_ait.visualize.visualize(model, images, questions)'
         )
     images = read_images(args.folder, model, args.images)
-    history = follow_training(given, images) if is_run else []
-    drift = measure_drift([_label(path) for path in paths], [read_memories(path) for path in paths]) if paths else None
+    is_run = not timm.is_model(args.model) and Path(args.model).is_dir()
+    history = follow_training(Path(args.model), images) if is_run else []
+    drift = _drift(args.checkpoints or ([Path(args.model)] if is_run else []))
     page = visualize(model, images, title=args.model, pictures=args.pictures, drift=drift, history=history)
     args.out.mkdir(parents=True, exist_ok=True)
     written = [args.out / 'memory.html']
@@ -279,8 +278,16 @@ def run(args: argparse.Namespace) -> list[Path]:
     return written
 
 
-def _label(path: Path) -> str:
-    return path.name.removeprefix('checkpoint-').removesuffix('.pth.tar').removesuffix('.safetensors')
+def _drift(paths: list[Path]) -> Drift | None:
+    """The drift over these checkpoints, or over those in one folder; None for a run that has kept one alone."""
+    if not paths:
+        return None
+    is_folder = len(paths) == 1 and paths[0].is_dir()
+    files = find_checkpoints(paths[0]) if is_folder else paths
+    if is_folder and len(files) == 1:
+        return None
+    labels = [path.name.removeprefix('checkpoint-').removesuffix('.pth.tar') for path in files]
+    return measure_drift(labels, [read_memories(path) for path in files])
 
 
 def main(argv: list[str] | None = None) -> None:
