@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,7 +68,7 @@ def draw_cosines(blocks: Sequence[BlockInspection]) -> Any:
     """Cosine between each two slots, one square for each block."""
     figure, axes = _panels(_of_blocks(blocks), size=(3.0, 3.2))
     for axis, block in zip(axes, blocks, strict=True):
-        picture = axis.imshow(block.cosines, cmap='RdBu_r', vmin=-1, vmax=1)
+        picture = axis.imshow(block.cosines.numpy(), cmap='RdBu_r', vmin=-1, vmax=1)
         _count(axis.xaxis, len(block.use))
         _count(axis.yaxis, len(block.use))
         axis.set(xlabel='slot', ylabel='slot')
@@ -85,7 +86,7 @@ def draw_use(blocks: Sequence[BlockInspection]) -> Any:
     figure, axes = _panels(_of_blocks(blocks))
     for axis, block in zip(axes, blocks, strict=True):
         even = 100 / len(block.use)
-        bars = axis.bar(range(len(block.use)), 100 * block.use, color='tab:blue')
+        bars = axis.bar(range(len(block.use)), (100 * block.use).numpy(), color='tab:blue')
         for slot in block.dead():
             bars[slot].set_color('tab:red')
             axis.plot(slot, DEAD * even, 'x', color='tab:red')
@@ -99,10 +100,10 @@ def draw_energy(blocks: Sequence[BlockInspection]) -> Any:
     """Energy of the tokens over retrieval steps: the mean, and the range of nine tokens out of ten."""
     figure, axes = _panels(_of_blocks(blocks))
     for axis, block in zip(axes, blocks, strict=True):
-        energy = block.energy.flatten(0, 1).clamp_min(1e-6)  # (B*N, K), for the logarithm
-        low, high = energy.quantile(0.05, dim=0), energy.quantile(0.95, dim=0)
+        energy = block.energy.flatten(0, 1).clamp_min(1e-6).numpy()  # (B*N, K), for the logarithm
+        low, high = np.quantile(energy, (0.05, 0.95), axis=0)
         axis.fill_between(range(energy.shape[1]), low, high, color='tab:blue', alpha=0.25)
-        axis.plot(energy.mean(dim=0), 'o-', color='tab:blue', markersize=4)
+        axis.plot(energy.mean(axis=0), 'o-', color='tab:blue', markersize=4)
         axis.axvline(block.steps, color='black', linestyle='--', linewidth=1)
         _count(axis.xaxis, energy.shape[1])
         axis.set(yscale='log', xlabel='retrieval step', ylabel='energy')
@@ -155,7 +156,7 @@ def _mosaic(names: Sequence[str], rows: Sequence[list[Tensor]], first: Sequence[
             for c, picture in enumerate([*first[r : r + 1], *row[chunk.start : chunk.stop]]):
                 canvas[r * step : r * step + CELL, c * step : c * step + CELL] = _cell(picture)
         titles = [*(['image'] if first else []), *map(str, chunk)]
-        axis.imshow(canvas)
+        axis.imshow(canvas.numpy())
         axis.set_xticks([c * step + CELL / 2 for c in range(len(titles))], titles)
         axis.set_yticks([r * step + CELL / 2 for r in range(len(rows))], names)
         axis.xaxis.tick_top()
@@ -177,12 +178,12 @@ def draw_retrieval(images: Tensor, block: BlockInspection) -> Any:
     weight, slot = (block.on_grid(x) for x in block.shares[:count].max(dim=-1))  # (B, H, W)
     figure = _figure(1.5 * count + 1.5, 4.8)
     axes = figure.subplots(3, count, squeeze=False)
-    high = float(weight.max())
+    pixels, high = _pixels(images).numpy(), float(weight.max())
     for i, (top, middle, bottom) in enumerate(axes.T):
-        top.imshow(_pixels(images)[i])
+        top.imshow(pixels[i])
         top.set_title(f'image {i}', fontsize=10)
-        slots = middle.imshow(slot[i], cmap='turbo', vmin=-0.5, vmax=M - 0.5)
-        weights = bottom.imshow(weight[i], cmap='viridis', vmin=0, vmax=high)
+        slots = middle.imshow(slot[i].numpy(), cmap='turbo', vmin=-0.5, vmax=M - 0.5)
+        weights = bottom.imshow(weight[i].numpy(), cmap='viridis', vmin=0, vmax=high)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[1:, 0], ('slot', 'weight'), strict=True):
@@ -202,9 +203,9 @@ def draw_drift(drift: Drift) -> Any:
             (drift.since_first[:, i], 0, 'since the first checkpoint', 'tab:blue'),
             (drift.since_last[:, i], 1, 'since the checkpoint before', 'tab:orange'),
         ):
-            x, y = steps[first:], values[first:]
-            axis.fill_between(x, y.amin(dim=-1), y.amax(dim=-1), color=colour, alpha=0.2)
-            axis.plot(x, y.mean(dim=-1), 'o-', color=colour, markersize=4, label=name)
+            x, y = steps[first:], values[first:].numpy()
+            axis.fill_between(x, y.min(axis=-1), y.max(axis=-1), color=colour, alpha=0.2)
+            axis.plot(x, y.mean(axis=-1), 'o-', color=colour, markersize=4, label=name)
         shown = steps[:: max(math.ceil(len(steps) / 6), 1)]
         axis.set_xticks(shown, [drift.labels[t] for t in shown])
         axis.set(xlabel='checkpoint', ylabel='1 - cosine')

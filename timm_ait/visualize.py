@@ -16,8 +16,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from timm_ait import AssociativeTransformer, RelationalTransformer, drawing, format_report
 from timm_ait.history import (
@@ -199,14 +200,12 @@ def read_images(folder: Path, model: nn.Module, count: int) -> Tensor:
     """
     if not folder.is_dir():
         raise ValueError(f'there is no folder {folder}; give a folder of images')
-    try:
-        dataset = ImageDataset(str(folder), transform=create_transform(**resolve_model_data_config(model)))
-    except RuntimeError as error:
-        raise ValueError(
-            f'{folder} holds no images; give a folder with .jpg or .png files, or folders of them'
-        ) from error
-    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    return torch.stack([dataset[i][0] for i in chosen])
+    paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        raise ValueError(f'{folder} holds no images; give a folder with .jpg or .png files, or folders of them')
+    transform = create_transform(**resolve_model_data_config(model))
+    chosen = torch.linspace(0, len(paths) - 1, min(count, len(paths))).long().tolist()
+    return torch.stack([transform(default_loader(str(paths[i]))) for i in chosen])
 
 
 def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:

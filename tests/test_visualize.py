@@ -1,0 +1,333 @@
+"""What is drawn of a memory: each array by hand, the command line, and a page that needs nothing but itself."""
+
+import argparse
+import base64
+import csv
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import timm
+import torch
+from models import assert_same_state, images, make_model
+from PIL import Image
+from timm.utils import CheckpointSaver
+from torch import Tensor, nn
+
+from timm_ait import GlobalWorkspace, drawing, visualize
+from timm_ait.history import find_checkpoints, follow_training, measure_drift, read_memories
+from timm_ait.inspection import BlockInspection, inspect
+from timm_ait.visualize import Page, main
+
+B, SIDE, N, S, M, K = 5, 32, 16, 3, 7, 11  # of the models of models.py, whose patches are 8 x 8
+ARGS: dict[str, Any] = dict(depth=2, embed_dim=34, num_heads=2, num_slots=M, slot_dim=5, write_heads=S, bottleneck=K)
+
+
+def by_hand(memory: Tensor, h: Tensor, gain: float = 40, **kwargs: Any) -> BlockInspection:
+    """Of a workspace whose normalised tokens are ``h`` (B, N, 2): W_Q = W_K = 1, its attractors are gain * gamma."""
+    layer = GlobalWorkspace(2, num_slots=len(memory), slot_dim=2, write_heads=1, **kwargs).eval()
+    layer.fc1 = layer.act = layer.fc2 = layer.norm = nn.Identity()
+    with torch.no_grad():
+        layer.linear_transform.weight.copy_(gain * torch.eye(2))
+        layer.linear_transform.bias.zero_()
+        layer.query.weight.copy_(torch.eye(2))
+        layer.key.weight.copy_(torch.eye(2))
+        layer.memory.copy_(memory)
+    (one,) = inspect(layer, h)
+    return one
+
+
+def save_run(folder: Path, epochs: int = 3) -> Path:
+    """What train.py writes: checkpoints of a model that trains, and summary.csv."""
+    args = argparse.Namespace(model='test_ait', model_kwargs=ARGS, num_classes=None, gp=None, img_size=None)
+    torch.manual_seed(0)
+    model = timm.create_model('test_ait', **ARGS).train()
+    folder.mkdir()
+    saver = CheckpointSaver(model, torch.optim.SGD(model.parameters()), args, checkpoint_dir=str(folder))
+    lines = ['epoch,train_loss,eval_loss,eval_top1']
+    for epoch in range(epochs):
+        model(images(B, seed=epoch))
+        saver.save_checkpoint(epoch, metric=float(epoch))
+        lines.append(f'{epoch},{3 - epoch},9,{10 + epoch}')
+    (folder / 'summary.csv').write_text('\n'.join(lines) + '\n')
+    return folder
+
+
+def save_images(folder: Path, count: int = B) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        path = folder / f'class{i % 2}' / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(256, (SIDE, SIDE, 3), generator=generator).byte().numpy()).save(path)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp('run') / 'a & b')
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_images(tmp_path_factory.mktemp('photos'))
+
+
+def parsed(page: str) -> ElementTree.Element:
+    """The document; an error if it is not well-formed."""
+    return ElementTree.fromstring(page.removeprefix('<!DOCTYPE html>'))
+
+
+# ---------------------------------------------------------------------------------------------------- inspection
+
+
+@pytest.mark.parametrize('layout', ['paper', 'vit'])
+def test_each_slot_of_each_head_selects_k_tokens_whose_gates_sum_to_one(layout: str) -> None:
+    prefix = dict(paper=0, vit=1)[layout]
+    for block in inspect(make_model(layout), images(B)):
+        assert block.gates.shape == (B, S, M, N + prefix)
+        assert (block.gates > 0).sum() == S * M * K
+        torch.testing.assert_close(block.gates.sum(dim=(0, 3)), torch.ones(S, M))
+        assert block.on_grid(block.gates).shape == (B, S, M, 4, 4)
+        assert torch.equal(block.on_grid(block.gates).flatten(-2), block.gates[..., prefix:])
+
+
+def test_with_copies_the_gates_sum_to_one_in_each_image_and_no_image_sees_another() -> None:
+    model = make_model(write_scope='image')
+    whole, alone = inspect(model, images(B)), inspect(model, images(B)[1:2])
+    for a, b in zip(whole, alone, strict=True):
+        assert a.slots.shape == (B, M, 5)
+        assert a.energy.shape == (B, N, 5)
+        torch.testing.assert_close(a.gates.sum(dim=3), torch.ones(B, S, M))
+        for name in ('gates', 'shares', 'slots', 'energy'):
+            torch.testing.assert_close(getattr(a, name)[1:2], getattr(b, name), rtol=1e-4, atol=1e-5)
+
+
+def test_a_slot_selects_the_token_that_it_scores_highest() -> None:
+    h = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [0.0, 2.0]]])  # the longest tokens are in image 1
+    seen = by_hand(torch.eye(2), h, bottleneck=1)
+    assert seen.gates.nonzero().tolist() == [[1, 0, 0, 0], [1, 0, 1, 1]]  # image 1, head 0, slot m reads token m
+    assert seen.tokens_read == 1
+    both = by_hand(torch.eye(2), h[:1] * 0, bottleneck=2)  # logits 0 and 0
+    assert both.gates.flatten().tolist() == pytest.approx([0.5] * 4)
+    assert both.tokens_read == pytest.approx(2)
+    assert both.balance_loss == pytest.approx(0)
+
+
+def test_a_token_retrieves_the_softmax_of_its_products_with_the_attractors() -> None:
+    seen = by_hand(torch.eye(2), torch.tensor([[[math.log(3), 0.0]]]), gain=1)
+    assert seen.shares.flatten().tolist() == pytest.approx([0.75, 0.25])
+    assert seen.use.tolist() == pytest.approx([0.75, 0.25])
+    assert seen.grid == (1, 1)
+
+
+def test_the_energy_falls_along_the_steps_and_is_the_one_of_the_paper() -> None:
+    seen = by_hand(torch.eye(2), torch.tensor([[[math.log(3), 0.0]]]), gain=1, retrieval_steps=7)
+    first, second = seen.energy[0, 0, :2].tolist()
+    assert seen.energy.shape == (1, 1, 8)
+    assert first == pytest.approx(-math.log(4) + math.log(3) ** 2 / 2 + math.log(2) + 0.5)
+    lse = math.log(math.exp(0.75) + math.exp(0.25))  # the state after one step is (0.75, 0.25)
+    assert second == pytest.approx(-lse + (0.75**2 + 0.25**2) / 2 + math.log(2) + 0.5)
+    for block in inspect(make_model(beta=1.3, retrieval_steps=2), images(B)):
+        assert (block.energy.diff(dim=-1) <= 1e-9).all()
+        assert block.energy.shape[-1] == 5
+        assert block.steps == 2
+
+
+def test_equal_slots_are_twins_and_a_slot_that_no_token_retrieves_is_dead() -> None:
+    memory = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+    seen = by_hand(memory, torch.tensor([[[1.0, 0.0]]]))
+    assert seen.twins() == [[0, 2]]
+    assert seen.cosines[0].tolist() == pytest.approx([1, 0, 1])
+    assert seen.dead() == [1]
+    assert 'slots 0, 2 are twins' in visualize._alike(seen)
+    assert 'dead slots: 1' in visualize._alike(seen)
+    healthy = by_hand(torch.eye(2), torch.eye(2)[None])
+    assert (healthy.twins(), healthy.dead()) == ([], [])
+    assert 'no two slots are twins' in visualize._alike(healthy)
+    assert 'no slot is dead' in visualize._alike(healthy)
+    assert 'all slots are twins' in visualize._alike(by_hand(torch.ones(3, 2), torch.eye(2)[None]))
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'write_scope': 'image'}, {'write_mode': 'always'}, {'write_mode': 'never'}])
+def test_a_look_changes_nothing_in_the_model(kwargs: dict[str, Any]) -> None:
+    model, same = make_model(**kwargs), make_model(**kwargs)
+    model.blocks[0].attn.eval()
+    modes = [module.training for module in model.modules()]
+    inspect(model, images(B))
+    assert_same_state(model, same)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.blocks[0].mlp.store.__func__ is GlobalWorkspace.store
+    assert model.balance_loss() == 0
+
+
+def test_an_error_inside_the_model_leaves_it_as_it_was() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match='expected images of'):
+        inspect(model, images(B, side=16))
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_relational_model_is_looked_into_with_its_questions() -> None:
+    model = timm.create_model('test_ait_relational', depth=2)
+    questions = torch.randint(2, (2, 18), generator=torch.Generator().manual_seed(0)).float()
+    blocks = inspect(model, images(2, side=75), questions)
+    assert blocks[0].gates.shape[-1] == 26  # 5 x 5 patches and the question
+    assert blocks[0].grid == (5, 5)
+
+
+# ------------------------------------------------------------------------------------------------------- history
+
+
+def test_drift_is_one_minus_the_cosine_to_the_first_and_to_the_last_checkpoint() -> None:
+    turned = [torch.tensor([[x, [0.0, 3.0]]]) for x in ([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0])]  # slot 1 stays
+    drift = measure_drift(['a', 'b', 'c'], turned)
+    assert drift.since_first[:, 0].tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert drift.since_last[:, 0].tolist() == [[0, 0], [1, 0], [1, 0]]
+    with pytest.raises(ValueError, match='at least two checkpoints'):
+        measure_drift(['a'], turned[:1])
+    with pytest.raises(ValueError, match='of one model'):
+        measure_drift(['a', 'b'], [turned[0], torch.zeros(1, 3, 2)])
+
+
+def test_checkpoints_come_by_epoch_and_hold_the_memory_that_was_trained(run: Path, tmp_path: Path) -> None:
+    for epoch in (9, 10, 2):
+        (tmp_path / f'checkpoint-{epoch}.pth.tar').touch()
+    assert [path.name.split('.')[0] for path in find_checkpoints(tmp_path)] == [f'checkpoint-{i}' for i in (2, 9, 10)]
+    memories = [read_memories(path) for path in find_checkpoints(run)]
+    assert [x.shape for x in memories] == [(2, M, 5)] * 3
+    assert not torch.equal(memories[0], memories[1])
+
+
+def test_the_training_is_followed_by_epoch_and_block(run: Path) -> None:
+    rows = follow_training(run, images(B))
+    assert [(row['epoch'], row['block']) for row in rows] == [(i, j) for i in range(3) for j in range(2)]
+    assert [row['train_loss'] for row in rows[::2]] == [3, 2, 1]
+    assert [row['eval_top1'] for row in rows[::2]] == [10, 11, 12]
+    assert all(1 <= row['tokens_read'] <= K and row['balance_loss'] > 0 for row in rows)
+
+
+def test_an_epoch_whose_checkpoint_is_gone_keeps_its_loss(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / 'run')
+    (folder / 'checkpoint-1.pth.tar').unlink()
+    rows = follow_training(folder, images(B))
+    assert [row.get('block') for row in rows] == [0, 1, None, 0, 1]
+    assert rows[2]['train_loss'] == 2
+    drawing.draw_training(rows)
+
+
+# -------------------------------------------------------------------------------------------------- page and command
+
+
+def test_the_page_is_one_well_formed_file_that_asks_for_nothing() -> None:
+    page = visualize.visualize(make_model(), images(B), title='<b>&"x', pictures=2)
+    tree = parsed(page)
+    assert tree.findtext('head/title') == tree.findtext('body/h1') == 'The memory of <b>&"x'
+    pictures = list(tree.iter('img'))
+    assert len(pictures) == 3 + 3 * 2
+    assert len({picture.attrib['alt'] for picture in pictures}) == len(pictures)
+    for picture in pictures:
+        kind, data = picture.attrib['src'].split(',')
+        assert kind == 'data:image/webp;base64'
+        assert base64.b64decode(data)[8:12] == b'WEBP'
+    words = re.sub('src="data:[^"]*"', '', page)
+    assert not re.search(r'https?:|//|<script|<link|url\(|src=|href=', words)
+    assert len(list(tree.iter('td'))) == 2 * 7
+    shown = parsed(page._repr_html_())
+    assert (shown.tag, shown.attrib['srcdoc'].split()) == ('iframe', page.split())
+    assert isinstance(page, Page)
+
+
+def test_each_slot_has_its_place_in_a_mosaic_even_where_the_row_goes_on_below() -> None:
+    figure = drawing.draw_reads(images(2), inspect(make_model(num_slots=19), images(B))[0])
+    titles = [[label.get_text() for label in axis.get_xticklabels()] for axis in figure.axes]
+    assert titles == [['image', *map(str, range(16))], ['image', '16', '17', '18']]
+
+
+def test_a_run_becomes_a_page_with_drift_and_training_and_a_table(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(run), str(photos), '--out', str(tmp_path / 'new'), '--pictures', '1'])
+    assert capsys.readouterr().out.split() == [str(tmp_path / 'new' / name) for name in ('memory.html', 'training.csv')]
+    tree = parsed((tmp_path / 'new' / 'memory.html').read_text(encoding='utf-8'))
+    alts = [picture.attrib['alt'] for picture in tree.iter('img')]
+    assert alts[-2:] == ['Drift of the memory', 'Training by epoch']
+    assert f'{B} images' in (tree.findtext('body/p') or '')
+    with (tmp_path / 'new' / 'training.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert {'epoch', 'train_loss', 'eval_top1', 'block', 'mean_cosine', 'balance_loss', 'tokens_read'} <= set(rows[0])
+
+
+def test_a_model_by_name_takes_a_checkpoint_and_checkpoints_for_drift(run: Path, photos: Path, tmp_path: Path) -> None:
+    files = [str(path) for path in find_checkpoints(run)]
+    main(['test_ait', str(photos), '--checkpoint', files[0], '--checkpoints', *files, '--out', str(tmp_path)])
+    assert 'Drift of the memory' in (tmp_path / 'memory.html').read_text()
+    assert 'Training by epoch' not in (tmp_path / 'memory.html').read_text()
+    assert torch.equal(visualize.load_model(files[1]).blocks[1].mlp.memory, read_memories(Path(files[1]))[1])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['test_ait', 'nowhere'], 'there is no folder nowhere; give a folder of images'),
+        (['test_ait', 'empty'], 'empty holds no images'),
+        (['test_vit', 'empty'], 'test_vit has no memory to look into'),
+        (['no_model', 'empty'], 'expected the name of a model, a checkpoint or the folder of train.py, got no_model'),
+        (['empty', 'empty'], 'empty holds no checkpoint-<epoch>.pth.tar'),
+        (['plain.pth', 'empty'], 'plain.pth does not say which model it holds; name the model'),
+        (['plain.pth', 'empty', '--checkpoint', 'plain.pth'], '--checkpoint goes with the name of a model'),
+        (['test_ait', 'empty', '--checkpoint', 'nothing.pth'], 'there is no checkpoint nothing.pth'),
+        (['test_ait', 'photos', '--checkpoints', 'plain.pth'], 'plain.pth holds no memory'),
+    ],
+)
+def test_a_wrong_argument_is_said_in_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'empty').mkdir()
+    save_images(tmp_path / 'photos', 1)
+    torch.save({'head.weight': torch.zeros(3)}, 'plain.pth')
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert str(error.value).startswith(f'python -m timm_ait.visualize: {message}')
+    assert not (tmp_path / 'output').exists()
+
+
+def test_a_relational_model_is_refused_by_the_command_with_the_way_out(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model('test_ait_relational', depth=1)
+    monkeypatch.setattr(visualize, 'load_model', lambda name, checkpoint: model)
+    with pytest.raises(SystemExit, match=r'answers questions.*visualize\(model, images, questions\)'):
+        main(['test_ait_relational', str(photos)])
+
+
+def test_a_run_without_summary_or_with_one_checkpoint_is_met(tmp_path: Path, photos: Path) -> None:
+    folder = save_run(tmp_path / 'run', epochs=1)
+    assert visualize._drift([folder]) is None
+    (folder / 'summary.csv').unlink()
+    with pytest.raises(ValueError, match=r'holds no summary\.csv'):
+        follow_training(folder, images(B))
+
+
+def test_a_missing_matplotlib_is_named_and_importing_the_package_needs_none() -> None:
+    script = """
+        import sys
+        import timm_ait
+        assert 'matplotlib' not in sys.modules
+        from timm_ait import drawing, visualize
+        assert 'matplotlib' not in sys.modules
+        visualize.find_spec = lambda name: None
+        visualize.main(['test_ait', '.'])
+    """
+    script = '\n'.join(line.strip() for line in script.splitlines())
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
+    expected = "python -m timm_ait.visualize: the pictures need matplotlib: pip install 'timm_ait[visualize]'\n"
+    assert (done.returncode, done.stderr) == (1, expected)
