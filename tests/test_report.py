@@ -59,6 +59,16 @@ def test_several_batches_count_as_one_and_the_model_stays_as_it_was() -> None:
     assert format_report(whole).count('\n') == 3
 
 
+def test_a_memory_that_writes_in_evaluation_and_a_part_in_another_mode_stay_as_they_were() -> None:
+    model = timm.create_model('test_ait', depth=2, write_mode='always').train()
+    model.blocks[0].attn.eval()
+    before = [block.mlp.memory.clone() for block in model.blocks]
+    memory_report(model, torch.randn(3, 3, 32, 32))
+    assert all(torch.equal(a, block.mlp.memory) for a, block in zip(before, model.blocks, strict=True))
+    assert model.training
+    assert not model.blocks[0].attn.training
+
+
 def test_what_cannot_be_reported_on_is_said() -> None:
     with pytest.raises(ValueError, match='no GlobalWorkspace to report on; a fused model has none'):
         memory_report(reparameterize_model(timm.create_model('test_ait')), torch.randn(2, 3, 32, 32))

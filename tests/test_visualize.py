@@ -145,7 +145,7 @@ def test_equal_slots_are_twins_and_a_slot_that_no_token_retrieves_is_dead() -> N
     assert seen.cosines[0].tolist() == pytest.approx([1, 0, 1])
     assert seen.dead() == [1]
     assert 'slots 0, 2 are twins' in visualize._alike(seen)
-    assert 'dead slots: 1' in visualize._alike(seen)
+    assert 'dead slots are 1' in visualize._alike(seen)
     healthy = by_hand(torch.eye(2), torch.eye(2)[None])
     assert (healthy.twins(), healthy.dead()) == ([], [])
     assert 'no two slots are twins' in visualize._alike(healthy)

@@ -120,9 +120,8 @@ def follow_training(run: Path, images: Tensor) -> list[dict[str, Any]]:
     summary = run / 'summary.csv'
     if not summary.is_file():
         raise ValueError(f'{run} holds no summary.csv, which train.py writes after each epoch')
-    with summary.open(newline='') as file:
-        rows_of_file = [row for row in csv.DictReader(file) if row['epoch'].isdigit()]  # a resumed run has two headings
-    epochs = {int(row['epoch']): row for row in rows_of_file}
+    with summary.open(newline='') as file:  # a training that was resumed has written its heading twice
+        epochs = {int(row['epoch']): row for row in csv.DictReader(file) if row['epoch'].isdigit()}
     rows: list[dict[str, Any]] = []
     for epoch in sorted(epochs.keys() | checkpoints.keys()):
         known = {name: float(epochs.get(epoch, {}).get(name) or 'nan') for name in ('train_loss', 'eval_top1')}

@@ -1,7 +1,6 @@
 """Look into the memories of a model: what each slot reads, what each token retrieves, and whether slots are alike."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +108,11 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
     return found
 
 
-def _look(workspace: GlobalWorkspace, seen: Sums, args: Any, grid: tuple[int, int] | None) -> BlockInspection:
+def _look(
+    workspace: GlobalWorkspace, seen: Sums, args: tuple[Tensor, ...], grid: tuple[int, int] | None
+) -> BlockInspection:
     """What a forward hook on the retrieval finds: its arguments, and what passed the layers before it."""
-    _, h, attractors, _ = args
+    _, h, attractors = args
     assert seen.last_slots is not None
     assert seen.last_shares is not None
     B, N, _ = h.shape

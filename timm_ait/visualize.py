@@ -50,6 +50,10 @@ TABLE = (
     'is a constant. A mean cosine of 1 says that all slots are one point. The lengths and the variation are root mean '
     'squares; effective rank and slots in use count from 1 to all slots.'
 )
+ALIKE = (
+    f'Twins are slots of a cosine above {TWINS}. A dead slot gets less than {DEAD} of an even share of the retrieval: '
+    'almost no token retrieves it.'
+)
 COSINES = (
     'Each square compares two slots: dark red means the same direction, white a right angle, blue opposite directions. '
     'A healthy memory is red on the diagonal alone. A square that is red all over is a memory of one point.'
@@ -125,7 +129,8 @@ def visualize(
         f'<p>{TABLE}</p>',
         _table(format_report([block.report for block in blocks])),
         '<h2>Are slots alike?</h2>',
-        *(f'<p>Block {i}: {_alike(block)}</p>' for i, block in enumerate(blocks)),
+        f'<p>{ALIKE}</p>',
+        '<ul>' + ''.join(f'<li>Block {i}: {_alike(block)}.</li>' for i, block in enumerate(blocks)) + '</ul>',
         _picture('Cosine between slots', COSINES, drawing.draw_cosines(blocks)),
         '<h2>Which slots are used?</h2>',
         _picture('Use of the slots', USE, drawing.draw_use(blocks)),
@@ -172,8 +177,7 @@ def _alike(block: BlockInspection) -> str:
     M, groups, dead = len(block.use), block.twins(), ', '.join(map(str, block.dead()))
     names = ' and '.join('all slots' if len(group) == M else f'slots {", ".join(map(str, group))}' for group in groups)
     twins = f'{names} are twins' if groups else 'no two slots are twins'
-    idle = f'dead slots: {dead}' if dead else 'no slot is dead'
-    return f'{twins} (cosine above {TWINS}), {idle} (below {DEAD} of an even share).'
+    return f'{twins}, {f"dead slots are {dead}" if dead else "no slot is dead"}'
 
 
 def _table(markdown: str) -> str:
