@@ -19,7 +19,7 @@ from PIL import Image
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
-from timm_ait import GlobalWorkspace, drawing, visualize
+from timm_ait import GlobalWorkspace, drawing, page, visualize
 from timm_ait.history import find_checkpoints, follow_training, measure_drift, read_memories
 from timm_ait.inspection import BlockInspection, inspect
 from timm_ait.visualize import Page, main
@@ -77,9 +77,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_images(tmp_path_factory.mktemp('photos'))
 
 
-def parsed(page: str) -> ElementTree.Element:
+def parsed(html: str) -> ElementTree.Element:
     """The document; an error if it is not well-formed."""
-    return ElementTree.fromstring(page.removeprefix('<!DOCTYPE html>'))
+    return ElementTree.fromstring(html.removeprefix('<!DOCTYPE html>'))
 
 
 # ---------------------------------------------------------------------------------------------------- inspection
@@ -144,13 +144,13 @@ def test_equal_slots_are_twins_and_a_slot_that_no_token_retrieves_is_dead() -> N
     assert seen.twins() == [[0, 2]]
     assert seen.cosines[0].tolist() == pytest.approx([1, 0, 1])
     assert seen.dead() == [1]
-    assert 'slots 0, 2 are twins' in visualize._alike(seen)
-    assert 'dead slots are 1' in visualize._alike(seen)
+    assert 'slots 0, 2 are twins' in page._alike(seen)
+    assert 'dead slots are 1' in page._alike(seen)
     healthy = by_hand(torch.eye(2), torch.eye(2)[None])
     assert (healthy.twins(), healthy.dead()) == ([], [])
-    assert 'no two slots are twins' in visualize._alike(healthy)
-    assert 'no slot is dead' in visualize._alike(healthy)
-    assert 'all slots are twins' in visualize._alike(by_hand(torch.ones(3, 2), torch.eye(2)[None]))
+    assert 'no two slots are twins' in page._alike(healthy)
+    assert 'no slot is dead' in page._alike(healthy)
+    assert 'all slots are twins' in page._alike(by_hand(torch.ones(3, 2), torch.eye(2)[None]))
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'write_scope': 'image'}, {'write_mode': 'always'}, {'write_mode': 'never'}])
@@ -226,8 +226,8 @@ def test_an_epoch_whose_checkpoint_is_gone_keeps_its_loss(tmp_path: Path) -> Non
 
 
 def test_the_page_is_one_well_formed_file_that_asks_for_nothing() -> None:
-    page = visualize.visualize(make_model(), images(B), title='<b>&"x', pictures=2)
-    tree = parsed(page)
+    html = visualize.visualize(make_model(), images(B), title='<b>&"x', pictures=2)
+    tree = parsed(html)
     assert tree.findtext('head/title') == tree.findtext('body/h1') == 'The memory of <b>&"x'
     pictures = list(tree.iter('img'))
     assert len(pictures) == 3 + 3 * 2
@@ -236,12 +236,12 @@ def test_the_page_is_one_well_formed_file_that_asks_for_nothing() -> None:
         kind, data = picture.attrib['src'].split(',')
         assert kind == 'data:image/webp;base64'
         assert base64.b64decode(data)[8:12] == b'WEBP'
-    words = re.sub('src="data:[^"]*"', '', page)
+    words = re.sub('src="data:[^"]*"', '', html)
     assert not re.search(r'https?:|//|<script|<link|url\(|src=|href=', words)
     assert len(list(tree.iter('td'))) == 2 * 7
-    shown = parsed(page._repr_html_())
-    assert (shown.tag, shown.attrib['srcdoc'].split()) == ('iframe', page.split())
-    assert isinstance(page, Page)
+    shown = parsed(html._repr_html_())
+    assert (shown.tag, shown.attrib['srcdoc'].split()) == ('iframe', html.split())
+    assert isinstance(html, Page)
 
 
 def test_each_slot_has_its_place_in_a_mosaic_even_where_the_row_goes_on_below() -> None:
@@ -324,7 +324,7 @@ def test_a_missing_matplotlib_is_named_and_importing_the_package_needs_none() ->
         assert 'matplotlib' not in sys.modules
         from timm_ait import drawing, visualize
         assert 'matplotlib' not in sys.modules
-        visualize.find_spec = lambda name: None
+        drawing.find_spec = lambda name: None
         visualize.main(['test_ait', '.'])
     """
     script = '\n'.join(line.strip() for line in script.splitlines())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ __all__ = [
     'draw_retrieval',
     'draw_training',
     'draw_use',
+    'require_matplotlib',
 ]
 
 CELL, GAP = 64, 4  # pixels of an image in a mosaic, and between two
@@ -38,12 +40,17 @@ NUMBERS = {
 }
 
 
+def require_matplotlib() -> None:
+    """Raise ImportError where there is none, with the way to get it."""
+    if find_spec('matplotlib') is None:
+        raise ImportError("the pictures need matplotlib: pip install 'timm_ait[visualize]'")
+
+
 def _figure(width: float, height: float) -> Any:
     """An empty figure; sizes in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the pictures need matplotlib: pip install 'timm_ait[visualize]'") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout='constrained', facecolor='white')
 
 
