@@ -84,7 +84,7 @@ def test_the_metadata_say_what_it_is_and_what_it_needs(metadata: Message) -> Non
     assert {line.split('>')[0] for line in required} == {
         *('torch', 'torchvision', 'timm', 'huggingface-hub', 'safetensors')
     }
-    assert set(metadata.get_all('Provides-Extra')) == {'clients', 'demo', 'docs', 'export', 'test'}
+    assert set(metadata.get_all('Provides-Extra')) == {'clients', 'demo', 'docs', 'export', 'test', 'visualize'}
     assert 'Typing :: Typed' in metadata.get_all('Classifier')
 
 

@@ -279,6 +279,7 @@ def test_a_model_by_name_takes_a_checkpoint_and_checkpoints_for_drift(run: Path,
         (['test_ait', 'nowhere'], 'there is no folder nowhere; give a folder of images'),
         (['test_ait', 'empty'], 'empty holds no images'),
         (['test_vit', 'empty'], 'test_vit has no memory to look into'),
+        (['test_ait_relational', 'empty'], 'test_ait_relational answers questions, and a folder of images holds none'),
         (['no_model', 'empty'], 'expected the name of a model, a checkpoint or the folder of train.py, got no_model'),
         (['empty', 'empty'], 'empty holds no checkpoint-<epoch>.pth.tar'),
         (['plain.pth', 'empty'], 'plain.pth does not say which model it holds; name the model'),
@@ -298,15 +299,6 @@ def test_a_wrong_argument_is_said_in_one_sentence(
         main(arguments)
     assert str(error.value).startswith(f'python -m timm_ait.visualize: {message}')
     assert not (tmp_path / 'output').exists()
-
-
-def test_a_relational_model_is_refused_by_the_command_with_the_way_out(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = timm.create_model('test_ait_relational', depth=1)
-    monkeypatch.setattr(visualize, 'load_model', lambda name, checkpoint: model)
-    with pytest.raises(SystemExit, match=r'answers questions.*visualize\(model, images, questions\)'):
-        main(['test_ait_relational', str(photos)])
 
 
 def test_a_run_without_summary_or_with_one_checkpoint_is_met(tmp_path: Path, photos: Path) -> None:

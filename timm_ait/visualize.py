@@ -55,8 +55,7 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
     """
     path = Path(name)
     if timm.is_model(name) or name.startswith(('hf-hub:', 'local-dir:')):
-        if not isinstance(timm.create_model(name), AssociativeTransformer):
-            raise ValueError(f'{name} has no memory to look into; name a model of this package, such as test_ait')
+        _check(name, timm.create_model(name))
         if checkpoint is not None:
             return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
         return timm.create_model(name, pretrained=True)
@@ -64,7 +63,19 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
         raise ValueError(f'expected the name of a model, a checkpoint or the folder of train.py, got {name}')
     if checkpoint is not None:
         raise ValueError(f'--checkpoint goes with the name of a model, but {name} is a file or folder; leave one out')
-    return load_checkpoint(find_checkpoints(path)[-1] if path.is_dir() else path)
+    return _check(name, load_checkpoint(find_checkpoints(path)[-1] if path.is_dir() else path))
+
+
+def _check(name: str, model: nn.Module) -> nn.Module:
+    """The model, if it has memories and takes images alone."""
+    if not isinstance(model, AssociativeTransformer):
+        raise ValueError(f'{name} has no memory to look into; name a model of this package, such as test_ait')
+    if isinstance(model, RelationalTransformer):
+        raise ValueError(
+            f'{name} answers questions, and a folder of images holds none; in Python call '
+            'timm_ait.visualize.visualize(model, images, questions)'
+        )
+    return model
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -97,11 +108,6 @@ def _run(args: argparse.Namespace) -> list[Path]:
     """Write the files that the command line asks for, and return their paths."""
     drawing.require_matplotlib()
     model = load_model(args.model, args.checkpoint)
-    if isinstance(model, RelationalTransformer):
-        raise ValueError(
-            f'{args.model} answers questions, and a folder of images holds none; in Python call '
-            'timm_ait.visualize.visualize(model, images, questions)'
-        )
     images = read_images(args.folder, model, args.images)
     is_run = not timm.is_model(args.model) and Path(args.model).is_dir()
     history = follow_training(Path(args.model), images) if is_run else []
