@@ -157,9 +157,7 @@ def build_model(
     kwargs = {**known, **(args.get('model_kwargs') or {}), **model_kwargs}
     model = timm.create_model(name, pretrained_cfg_overlay={'num_classes': kwargs['num_classes']}, **kwargs)
     if not isinstance(model, AssociativeTransformer):
-        raise ValueError(
-            f'{name} is no model of this package: it has no memory; timm.models.push_to_hf_hub publishes it'
-        )
+        raise ValueError(f'{name} is no model of this package; publish it with timm.models.push_to_hf_hub')
     model.load_state_dict(fit_pretrained(read.state_dict, model, str(path)))
     args = {**args, 'input_size': (model.in_chans, *model.patch_embed.img_size)}
     model.pretrained_cfg.update(resolve_data_config(args, pretrained_cfg=model.pretrained_cfg, model=model))
