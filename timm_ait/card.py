@@ -139,6 +139,6 @@ def _results(facts: dict[str, Any], dataset: str) -> str:
 
 def _recipe(args: dict[str, Any]) -> str:
     given = {key: args[key] for key in RECIPE if args.get(key) not in (None, False, '', {}, ())}
-    if not given:
+    if 'opt' not in given:
         return 'No recipe is given.'
     return '\n'.join(["Arguments of timm's train.py:", '', '```yaml', *(f'{k}: {v}' for k, v in given.items()), '```'])

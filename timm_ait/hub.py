@@ -68,7 +68,7 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     if not path.is_file():
         raise ValueError(f'there is no checkpoint {path}; train.py writes output/<experiment>/model_best.pth.tar')
     if path.suffix == '.safetensors':
-        return Checkpoint(safetensors.torch.load_file(path), {}, False, {})
+        return Checkpoint(safetensors.torch.load_file(path), _saved_args(path.with_name('config.json')), False, {})
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
@@ -81,6 +81,15 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     facts = {'epoch': content.get('epoch'), content.get('metric_name', 'metric'): content.get('metric')}
     facts = {key: value for key, value in facts.items() if isinstance(value, (int, float))}
     return Checkpoint(clean_state_dict(state_dict), vars(content.get('args', argparse.Namespace())), is_ema, facts)
+
+
+def _saved_args(path: Path) -> dict[str, Any]:
+    """Read the config that timm wrote beside the weights, in the names of train.py's arguments."""
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text())
+    pixels = {key: config['pretrained_cfg'].get(key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
+    return {'model': config['architecture'], 'model_kwargs': config.get('model_args', {}), **pixels}
 
 
 def export(
