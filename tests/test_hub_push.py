@@ -57,7 +57,9 @@ def test_an_upload_that_did_not_arrive_is_an_error(
 ) -> None:
     folder = hub.export(checkpoint, tmp_path / 'test_ait.toy')
     remote.faults[REPO] = 'deaf'
-    with pytest.raises(WeightsError, match=rf'model\.safetensors in {REPO} has the sha256 \w+, but .* push again'):
+    with pytest.raises(
+        WeightsError, match=rf'model\.safetensors in {REPO} has the sha256 \w+, not that of .* push again'
+    ):
         child(push_with_token, folder, REPO)
     remote.faults.clear()
     assert child(push_with_token, folder, REPO) == f'{remote.url}/{REPO}'

@@ -21,6 +21,7 @@ RECIPE = (
     'scale ratio hflip vflip train_crop_mode color_jitter aa reprob mixup cutmix mixup_off_epoch smoothing '
     'drop drop_path bce_loss model_ema model_ema_decay model_ema_warmup seed'
 ).split()
+ARGUMENTS = 'args.yaml'
 METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %', 'metric': 'metric of the training run'}
 BODY = """# {name}
 
