@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_ait import GlobalWorkspace  # and registers the models
+from timm_ait.card import batch_table
 
 BATCH_SIZES = (1, 7, 64, 512)
 
@@ -92,16 +93,6 @@ def load(name: str) -> tuple[nn.Module, Settings, list[Any]]:
     return model, Settings(lr=0.0, mean=pixels['mean'], std=pixels['std']), []
 
 
-def format_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A table in Markdown: a row for each way, a column for each batch size."""
-    lines = ['| batch size | ' + ' | '.join(map(str, BATCH_SIZES)) + ' |', '|---' * (len(BATCH_SIZES) + 1) + '|']
-    for way, sizes in found.items():
-        lines.append(f'| {way}: top-1, % | ' + ' | '.join(f'{size["top1"]:.2f}' for size in sizes.values()) + ' |')
-        differences = ' | '.join(f'{size["difference"]:.1e}' for size in sizes.values())
-        lines.append(f'| {way}: a logit differs by up to | {differences} |')
-    return '\n'.join(lines)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate both ways, print the table and write ``batch_sizes.json``."""
     parser = tables.make_parser(__doc__)
@@ -125,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     model, settings = trained[0].eval(), trained[1]
     found = {'ours': measure(model, test, settings), "the authors' way": measure(loop_heads(model), test, settings)}
-    print(format_table(found))
+    print(batch_table(found))
     results = {'seed': seed, 'batch_sizes': found, 'log': trained[2], 'command': args.command}
     write_record(args.out / 'batch_sizes.json', arguments, results)
 

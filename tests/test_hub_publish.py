@@ -60,7 +60,7 @@ def test_all_folders_are_published_once_and_collected(
     assert list(empty.repos) == [f'me/{tag}' for tag in TAGS]
     assert empty.collections == {SLUG: [f'me/{tag}' for tag in TAGS]}
     for tag, seed in zip(TAGS, (2, 1), strict=True):
-        assert set(empty.repos[f'me/{tag}']) == {'model.safetensors', 'config.json', 'README.md'}
+        assert set(empty.repos[f'me/{tag}']) == {'model.safetensors', 'config.json', 'README.md', 'args.yaml'}
         loaded = child(load, f'hf-hub:me/{tag}', cache_dir=hub_cache)
         assert loaded['fingerprint'] == fingerprint(make_model(seed))
     empty.requests.clear()

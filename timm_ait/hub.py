@@ -1,9 +1,9 @@
 """Publish a trained model: ``python -m timm_ait.hub export CHECKPOINT FOLDER``, then ``push FOLDER ORG/NAME``.
 
 ``export`` reads a checkpoint of timm's train.py or of the authors' code, or a file of weights. It writes a folder as
-the Hub holds it: model.safetensors, config.json, README.md. To try that folder as a user of the Hub will, call
-``timm.create_model('local-dir:FOLDER', pretrained=True)``. ``push`` uploads it, ``publish`` all folders at once. Log in
-first with ``hf auth login``, or set HF_TOKEN.
+the Hub holds it: model.safetensors, config.json, README.md, and args.yaml if a run of train.py is known. To try that
+folder as a user of the Hub will, call ``timm.create_model('local-dir:FOLDER', pretrained=True)``. ``push`` uploads it,
+``publish`` all folders at once. Log in first with ``hf auth login``, or set HF_TOKEN.
 """
 
 import argparse
@@ -99,6 +99,8 @@ def export(
     results: Path | None = None,
     dataset: str = '',
     commit: str = '',
+    compare: dict[str, str] | None = None,
+    batch_sizes: Path | None = None,
 ) -> Path:
     """Write a folder as the Hub holds it. It is written whole or not at all, and loads back bit for bit.
 
@@ -112,6 +114,8 @@ def export(
         results: JSON of validate.py (``--results-file results.json --results-format json``).
         dataset: Name of the data set that the results were measured on.
         commit: Commit of the code that trained the model, for the card.
+        compare: Names of other models, for instance a control without memory, and their JSON of validate.py.
+        batch_sizes: JSON of benchmarks/batch_sizes.py for these weights.
 
     Raises:
         ValueError: If the checkpoint does not fit the model, or if the folder exists.
@@ -123,12 +127,14 @@ def export(
     model, model_args = _build(read, checkpoint, model_name, model_kwargs or {})
     model.to(getattr(torch, dtype))
     facts = {**read.facts, **_read_results(results)}
+    others = {name: _read_results(Path(path)) for name, path in (compare or {}).items()}
+    by_batch = _read_results(batch_sizes).get('batch_sizes', {})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / folder.name
         _save(model, made, model_args)
         weights = 'averaged (EMA)' if read.is_ema else 'as trained'
-        write_card(made, model, facts, read.args, dataset, weights, commit, _code_version())
+        write_card(made, model, facts, read.args, dataset, weights, commit, _code_version(), others, by_batch)
         _compare(model, made)
         made.rename(folder)
     return folder
@@ -225,6 +231,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add('--dtype', choices=DTYPES, default='float32')
     add('--results', type=Path, help='JSON of validate.py: --results-file FILE --results-format json')
     add('--dataset', default='', help="data set of the results, for instance 'CIFAR-10 (JPEG)'")
+    add('--compare', nargs='*', default={}, action=ParseKwargs, metavar='NAME=RESULTS', help='other models')
+    add('--batch-sizes', type=Path, metavar='RESULTS', help='JSON of benchmarks/batch_sizes.py for these weights')
     add('--commit', default='', help='commit of the code that trained the model')
     add = commands.add_parser('push', help='upload a folder to the Hub; log in first: hf auth login').add_argument
     add('folder', type=Path)
