@@ -152,6 +152,11 @@ def _on_meta(name: str) -> Any:
     return timm.create_model(name, device='meta')
 
 
+@cache
+def _cost(name: str) -> tuple[str, ...]:
+    return tuple(f'{count:.3g}' for count in count_cost(_on_meta(name)))
+
+
 def _layers(depth: int) -> str:
     return ', '.join(map(str, choose_layers(VIT_DEPTH, depth)))
 
@@ -169,7 +174,7 @@ def _models() -> str:
             model.embed_dim,
             'x'.join(map(str, model.blocks[0].mlp.memory.shape)),
             f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}',
-            *(f'{count:.3g}' for count in count_cost(model)),
+            *_cost(name),
             'x'.join(map(str, model.pretrained_cfg['input_size'][1:])),
             model.num_classes,
         )

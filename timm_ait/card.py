@@ -143,7 +143,7 @@ def count_cost(model: VisionTransformer) -> tuple[float, float]:
     Returns:
         Billions of multiply-adds, and millions of values in the outputs of the operations that do them.
     """
-    copy = deepcopy(model).to('meta').eval().requires_grad_(False)
+    copy = deepcopy(model).to('meta', torch.float32).eval().requires_grad_(False)
 
     def outputs(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return math.prod(out_shape)
@@ -188,6 +188,7 @@ def write_card(
         (folder / ARGUMENTS).write_text(recipe)
         recipe = f"Arguments of timm's train.py, also in {ARGUMENTS}:\n\n```yaml\n{recipe}```"
     macs, activations = count_cost(model)
+    by_batch = f'{BATCHES}\n\n{batch_table(batch_sizes)}' if batch_sizes else ''
     files = sorted(path for path in folder.iterdir() if path.name != 'README.md')
     body = BODY.format(
         name=folder.name,
@@ -200,8 +201,9 @@ def write_card(
         trained_on=f'- **Data set:** {dataset}\n' if dataset else '',
         how_counted=HOW_COUNTED,
         use=usage(model, f'hf-hub:{default_repo(folder)}'),
-        results='\n\n'.join(filter(None, [_results(facts, dataset), _comparison(folder.name, facts, others)]))
-        + (f'\n\n{BATCHES}\n\n{batch_table(batch_sizes)}' if batch_sizes else ''),
+        results='\n\n'.join(
+            filter(None, (_results(facts, dataset), _comparison(folder.name, facts, others), by_batch))
+        ),
         recipe=recipe or 'No recipe is given.',
         weights=weights,
         hashes='\n'.join(f'- sha256 of `{path.name}`: `{sha256_of(path)}`' for path in files),
