@@ -131,7 +131,7 @@ def _upload(folder: Path, repo_id: str, private: bool = False) -> str:
     api = HfApi(library_name='timm_ait', library_version=__version__)
     with _step(f'making the repository {repo_id}', 'nothing was uploaded to it'):
         api.create_repo(repo_id, private=private, exist_ok=True)
-    with _step(f'uploading to {repo_id}', 'it is as it was before'):
+    with _step(f'uploading to {repo_id}', 'its files are all as before, or all new'):
         contents: dict[str, Any] = {FILENAME: folder / FILENAME, **_files(folder, repo_id)}
         added = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo_id, added, commit_message=f'{folder.name}, timm_ait {__version__}')
