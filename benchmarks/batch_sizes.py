@@ -1,9 +1,11 @@
 """Does the test accuracy depend on the batch size of the evaluation? Ours does not, the authors' way does.
 
     python benchmarks/batch_sizes.py cifar10 DIR --width 256 --epochs 4    # the arguments of tables.py
+    python benchmarks/batch_sizes.py cifar10 DIR --weights test_ait        # published weights
 
-Trains the row 'ait' and evaluates it at several batch sizes, twice: as it is, and with the same weights in the
-workspace as the authors compute it, which writes into its memory in evaluation too.
+Trains the row 'ait', or loads weights, and evaluates it at several batch sizes, twice: as it is, and with the same
+weights in the workspace as the authors compute it, which writes into its memory in evaluation too. The images come
+class by class, as validate.py reads them.
 """
 
 import argparse
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
+import timm
 import torch
 from contenders import LoopedWorkspace
 from loop import Data, Settings, evaluate, normalize
@@ -19,7 +22,8 @@ from record import write_record
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_ait import GlobalWorkspace
+from timm_ait import GlobalWorkspace  # and registers the models
+from timm_ait.card import batch_table
 
 BATCH_SIZES = (1, 7, 64, 512)
 
@@ -82,36 +86,39 @@ def measure(model: nn.Module, data: Data, settings: Settings) -> dict[str, dict[
     return found
 
 
-def format_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A table in Markdown: a row for each way, a column for each batch size."""
-    lines = ['| batch size | ' + ' | '.join(map(str, BATCH_SIZES)) + ' |', '|---' * (len(BATCH_SIZES) + 1) + '|']
-    for way, sizes in found.items():
-        lines.append(f'| {way}: top-1, % | ' + ' | '.join(f'{size["top1"]:.2f}' for size in sizes.values()) + ' |')
-        differences = ' | '.join(f'{size["difference"]:.1e}' for size in sizes.values())
-        lines.append(f'| {way}: a logit differs by up to | {differences} |')
-    return '\n'.join(lines)
+def load(name: str) -> tuple[nn.Module, Settings, list[Any]]:
+    """A model with its pretrained weights, how its images are normalized, and no log of a training run."""
+    model = timm.create_model(name, pretrained=True)
+    pixels = timm.data.resolve_model_data_config(model)
+    return model, Settings(lr=0.0, mean=pixels['mean'], std=pixels['std']), []
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate both ways, print the table and write ``batch_sizes.json``."""
     parser = tables.make_parser(__doc__)
     parser.set_defaults(out=Path('output/batch_sizes'), seeds=[1])
+    parser.add_argument('--weights', metavar='MODEL', help='evaluate the pretrained weights of this model')
     args: argparse.Namespace = parser.parse_args(argv)
     if args.table is None or len(args.seeds) != 1:
         parser.error('give a table and one seed')
     tables.complete(args, argv, 'batch_sizes.py')
     torch.set_num_threads(args.threads)
     (seed,), data = args.seeds, tables.TASKS[args.table].data
+    arguments = tables.settings_of(args)
     try:
-        trained = tables.train('ait', seed, args, data(args, 'train', args.train))
+        if args.weights is None:
+            trained = tables.train('ait', seed, args, data(args, 'train', args.train))
+        else:
+            trained = load(args.weights)
+            arguments = {'table': args.table, 'test': args.test, 'weights': args.weights}
         test = data(args, 'test', args.test)
     except ValueError as error:
         parser.error(str(error))
     model, settings = trained[0].eval(), trained[1]
     found = {'ours': measure(model, test, settings), "the authors' way": measure(loop_heads(model), test, settings)}
-    print(format_table(found))
+    print(batch_table(found))
     results = {'seed': seed, 'batch_sizes': found, 'log': trained[2], 'command': args.command}
-    write_record(args.out / 'batch_sizes.json', tables.settings_of(args), results)
+    write_record(args.out / 'batch_sizes.json', arguments, results)
 
 
 if __name__ == '__main__':

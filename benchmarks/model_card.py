@@ -10,16 +10,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tables
 import timm
 from timm.models import PretrainedCfg
 
 from timm_ait.ait import default_cfgs
-from timm_ait.card import metadata
+from timm_ait.card import BATCHES, CITATION, HOW_COUNTED, batch_table, count_cost, metadata, usage
 from timm_ait.convert import choose_layers
 
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / 'MODEL_CARD.md'
 RESULTS = ROOT / 'benchmarks' / 'results' / 'weights.json'
+# Of tables.py and batch_sizes.py. The card has what is there.
+TABLES = RESULTS.with_name('tables')
+BATCH_SIZES = RESULTS.with_name('batch_sizes.json')
+COMPARED = ('ait', 'ait_no_memory', 'vit_small')
 # What every published number must come with, so that it can be measured again.
 FACT = ('weights', 'data', 'metric', 'value', 'command', 'commit', 'seed', 'machine')
 VIT_DEPTH = 12
@@ -38,6 +43,8 @@ package.
 `ait_*_patch4_32` and `test_ait` have the paper's layout: a stem that normalises patches, no class token, no position
 embedding, and a classifier that reads all tokens, flattened. `ait_small`, `ait_medium` and `ait_base` have the layout
 of timm's ViT-B/16. `ait_vit_*` compute what a ViT computes, and add the retrieval times a scale that starts at zero.
+
+{how_counted}
 
 ## Weights
 
@@ -63,14 +70,9 @@ non-commercial use only.
 
 ## Use
 
-```python
-import timm
-import timm_ait  # registers the models
+{use}
 
-model = timm.create_model('ait_vit_base_patch16_224', pretrained=True, num_classes=10)
-```
-
-Fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_base_patch16_224 --pretrained`.
+To fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_base_patch16_224 --pretrained`.
 
 ## What to know before use
 
@@ -88,14 +90,7 @@ Fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_base_
 
 ## Citation
 
-```bibtex
-@inproceedings{{sun2025associative,
-  title     = {{Associative Transformer}},
-  author    = {{Sun, Yuwei and Ochiai, Hideya and Wu, Zhirong and Lin, Stephen and Kanai, Ryota}},
-  booktitle = {{CVPR}},
-  year      = {{2025}}
-}}
-```
+{citation}
 """
 
 
@@ -143,7 +138,10 @@ def make_card(facts: list[dict[str, Any]]) -> str:
         vits=_vits(),
         depth=VIT_DEPTH,
         layers='; '.join(layers),
-        results=_results(facts),
+        how_counted=HOW_COUNTED,
+        results='\n\n'.join(filter(None, [_results(facts), _comparison(), _batch_sizes()])),
+        use=usage(_on_meta('test_ait'), 'test_ait'),
+        citation=CITATION,
     )
     accuracies = [(fact['data'], fact['metric'], fact['value']) for fact in facts if 'accuracy' in fact['metric']]
     return f'---\n{metadata("timm_ait", accuracies)}\n---\n{body}'
@@ -154,12 +152,20 @@ def _on_meta(name: str) -> Any:
     return timm.create_model(name, device='meta')
 
 
+@cache
+def _cost(name: str) -> tuple[str, ...]:
+    return tuple(f'{count:.3g}' for count in count_cost(_on_meta(name)))
+
+
 def _layers(depth: int) -> str:
     return ', '.join(map(str, choose_layers(VIT_DEPTH, depth)))
 
 
 def _models() -> str:
-    rows = ['| model | depth | width | slots | parameters, M | image | classes |', '|---|---|---|---|---|---|---|']
+    rows = [
+        '| model | depth | width | slots | parameters, M | GMACs | activations, M | image | classes |',
+        f'|{"---|" * 9}',
+    ]
     for name in timm.list_models(module='ait'):
         model = _on_meta(name)
         cells = (
@@ -168,6 +174,7 @@ def _models() -> str:
             model.embed_dim,
             'x'.join(map(str, model.blocks[0].mlp.memory.shape)),
             f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}',
+            *_cost(name),
             'x'.join(map(str, model.pretrained_cfg['input_size'][1:])),
             model.num_classes,
         )
@@ -208,6 +215,24 @@ def _results(facts: list[dict[str, Any]]) -> str:
         for fact in facts
     ]
     return '\n'.join([*rows, '', 'How each was measured:', '', *origins])
+
+
+def _comparison() -> str:
+    """Set the model beside the one without memory and a ViT, once for each setting that was run."""
+    parts = []
+    for heading, rows in tables.gather(TABLES).items():
+        compared = {row: records for row, records in rows.items() if row in COMPARED}
+        if 'ait' in compared and len(compared) > 1:
+            parts.append(f'Trained from scratch, {heading}:\n\n{tables.format_table(compared)}')
+    return '\n\n'.join(parts)
+
+
+def _batch_sizes() -> str:
+    if not BATCH_SIZES.is_file():
+        return ''
+    record = json.loads(BATCH_SIZES.read_text())
+    origin = f'`{record["command"]}` at commit `{record["commit"]}`, {record["cpu"]}'
+    return f'{BATCHES}\n\n{batch_table(record["batch_sizes"])}\n\n{origin}'
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ ARGS: dict[str, Any] = dict(
 
 def make_model(seed: int = 1, **kwargs: Any) -> nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model('test_ait', **dict(ARGS, **kwargs)).eval()
+    return timm.create_model(**{'model_name': 'test_ait', **ARGS, **kwargs}).eval()
 
 
 def save(model: nn.Module, folder: Path, **model_args: Any) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,8 @@ class LoopbackHub:
         faults: 'org/name' -> one of 'gated', 'drop' (no answer at all), 'cut' (half of the file, then silence),
             'short' (half of the file, as if it were whole), 'flip' (a byte of the file inverted), 'deaf' (uploads are
             accepted but not stored).
+        broken: Pattern of 'METHOD path' -> the status that such a request is answered with; 0 closes the connection
+            in the middle of it; a negative number is that many seconds of silence.
         collections: 'org/name-number' -> names of repositories.
         requests: Method and path of every request.
         tokens: Authorization headers of all requests.
@@ -32,6 +35,7 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.faults: dict[str, str] = {}
+        self.broken: dict[str, int] = {}
         self.collections: dict[str, list[str]] = {}
         self.requests: list[str] = []
         self.tokens: set[str] = set()
@@ -82,6 +86,23 @@ class Handler(BaseHTTPRequestHandler):
             super().handle_one_request()
         except ConnectionError:
             self.close_connection = True
+
+    def parse_request(self) -> bool:
+        return super().parse_request() and not self.is_broken()
+
+    def is_broken(self) -> bool:
+        found = (what for pattern, what in self.hub.broken.items() if re.search(pattern, f'{self.command} {self.path}'))
+        status = next(found, None)
+        if status is None:
+            return False
+        self.close_connection = True
+        if status > 0:
+            self.note()
+            self.answer(status)
+        else:
+            self.rfile.read(min(10, int(self.headers.get('Content-Length') or 0)))
+            time.sleep(-status)
+        return True
 
     def do_HEAD(self) -> None:
         self.serve()

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from hub_models import ARGS, make_model
 
-from timm_ait import hub
+from timm_ait import hub, publish
 
 
 def test_every_option_of_export_reaches_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,11 +56,11 @@ def test_nothing_is_pushed_without_a_login_or_from_a_damaged_folder(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = hub.export(checkpoint, tmp_path / 'test_ait.toy')
-    monkeypatch.setattr(hub, 'push_to_hf_hub', lambda *args, **kwargs: pytest.fail('uploaded'))
-    monkeypatch.setattr(hub, 'get_token', lambda: None)
+    monkeypatch.setattr(publish, '_upload', lambda *args: pytest.fail('uploaded'))
+    monkeypatch.setattr(publish, 'get_token', lambda: None)
     with pytest.raises(SystemExit, match='you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN'):
         hub.main(['push', str(folder)])
-    monkeypatch.setattr(hub, 'get_token', lambda: 'hf_onlyForThisTest')
+    monkeypatch.setattr(publish, 'get_token', lambda: 'hf_onlyForThisTest')
     path = folder / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:-1] + b'?')
     with pytest.raises(SystemExit, match=r'model\.safetensors has the sha256 \w+, but \w+ was published'):

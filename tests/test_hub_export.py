@@ -21,7 +21,7 @@ def test_a_training_checkpoint_becomes_a_folder_that_loads_bit_for_bit(checkpoin
     results = tmp_path / 'results.json'
     results.write_text(json.dumps({'model': 'test_ait', 'top1': 70.5, 'top5': 97.25}))
     folder = hub.export(checkpoint, tmp_path / 'out' / 'test_ait.toy', results=results, dataset='CIFAR-10 (JPEG)')
-    assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
+    assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json', 'README.md', 'args.yaml'}
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert fingerprint(loaded) == fingerprint(make_model(2))
     assert logits(loaded) == logits(make_model(2))

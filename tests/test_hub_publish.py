@@ -8,7 +8,7 @@ from hub_child import Child, fingerprint, load
 from hub_models import make_model, sha256
 from hub_server import LoopbackHub
 
-from timm_ait import hub
+from timm_ait import hub, publish
 from timm_ait.pretrained import HUB_ORGANISATION, WeightsError
 
 TAGS = ('test_ait.one', 'test_ait.two')
@@ -60,7 +60,7 @@ def test_all_folders_are_published_once_and_collected(
     assert list(empty.repos) == [f'me/{tag}' for tag in TAGS]
     assert empty.collections == {SLUG: [f'me/{tag}' for tag in TAGS]}
     for tag, seed in zip(TAGS, (2, 1), strict=True):
-        assert set(empty.repos[f'me/{tag}']) == {'model.safetensors', 'config.json', 'README.md'}
+        assert set(empty.repos[f'me/{tag}']) == {'model.safetensors', 'config.json', 'README.md', 'args.yaml'}
         loaded = child(load, f'hf-hub:me/{tag}', cache_dir=hub_cache)
         assert loaded['fingerprint'] == fingerprint(make_model(seed))
     empty.requests.clear()
@@ -99,7 +99,9 @@ def test_weights_that_did_not_arrive_are_an_error_and_are_not_collected(
     child(publish_with_token, weights)
     empty.repos['me/test_ait.two']['model.safetensors'] = b'others'
     empty.faults['me/test_ait.two'], empty.collections = 'deaf', {}
-    with pytest.raises(WeightsError, match=r'model\.safetensors in me/test_ait\.two has the sha256 .* push again'):
+    with pytest.raises(
+        WeightsError, match=r'model\.safetensors in me/test_ait\.two has the sha256 \w+, not that of .*two: push again'
+    ):
         child(publish_with_token, weights)
     assert empty.collections == {}
 
@@ -107,7 +109,7 @@ def test_weights_that_did_not_arrive_are_an_error_and_are_not_collected(
 def test_a_dry_run_needs_neither_login_nor_network_and_prints_what_would_be_done(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hub, 'get_token', lambda: pytest.fail('asked for a login'))
+    monkeypatch.setattr(publish, 'get_token', lambda: pytest.fail('asked for a login'))
     monkeypatch.setattr(socket.socket, 'connect', lambda *args: pytest.fail('used the network'))
     hub.main(['publish', '--dry-run', '--folder', str(weights)])
     assert capsys.readouterr().out.splitlines() == [
@@ -125,20 +127,23 @@ def test_a_dry_run_needs_neither_login_nor_network_and_prints_what_would_be_done
 def test_without_a_login_or_whole_folders_nothing_is_uploaded_and_the_reason_is_said(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, 'push', lambda *args: pytest.fail('uploaded'))
-    monkeypatch.setattr(hub, 'get_token', lambda: None)
+    monkeypatch.setattr(publish, '_upload', lambda *args: pytest.fail('uploaded'))
+    monkeypatch.setattr(publish, 'get_token', lambda: None)
 
     def fails(folder: Path, said: str) -> None:
         with pytest.raises(SystemExit, match=said):
             hub.main(['publish', '--folder', str(folder)])
 
     fails(weights, 'you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN')
-    monkeypatch.setattr(hub, 'get_token', lambda: pytest.fail('asked for a login'))
+    monkeypatch.setattr(publish, 'get_token', lambda: pytest.fail('asked for a login'))
     fails(tmp_path / 'gone', r'there is no folder .*/gone; write folders MODEL\.TAG into it with export')
     fails(weights / '.cache', r'\.cache holds no folder MODEL\.TAG; write one with export')
     path = weights / 'test_ait.two' / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:-1] + b'?')
-    fails(weights, r'two/model\.safetensors has sha256:\w+, but config\.json sha256:\w+; write it again with export')
+    fails(
+        weights,
+        r'two does not load \(.*/model\.safetensors has the sha256 \w+, but \w+ was published: .*write it again',
+    )
     path.unlink()
     (weights / 'test_ait.two' / 'README.md').unlink()
     fails(weights, r'test_ait\.two has no model\.safetensors, README\.md; write it again with export')

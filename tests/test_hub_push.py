@@ -32,7 +32,7 @@ def test_a_pushed_folder_loads_from_the_hub_bit_for_bit(
     assert f'published: {served.url}/me/test_ait.mine' in done.stdout
     assert f"**published('test_ait.toy', '{sha256((folder / 'model.safetensors').read_bytes())}')" in done.stdout
     there = served.repos['me/test_ait.mine']
-    assert set(there) == {'model.safetensors', 'config.json', 'README.md'}
+    assert set(there) == {'model.safetensors', 'config.json', 'README.md', 'args.yaml'}
     assert there['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
     assert json.loads(there['config.json']) == json.loads((folder / 'config.json').read_text())
     assert b"create_model('hf-hub:me/test_ait.mine'" in there['README.md']
@@ -57,7 +57,9 @@ def test_an_upload_that_did_not_arrive_is_an_error(
 ) -> None:
     folder = hub.export(checkpoint, tmp_path / 'test_ait.toy')
     remote.faults[REPO] = 'deaf'
-    with pytest.raises(WeightsError, match=rf'model\.safetensors in {REPO} has the sha256 \w+, but .* push again'):
+    with pytest.raises(
+        WeightsError, match=rf'model\.safetensors in {REPO} has the sha256 \w+, not that of .* push again'
+    ):
         child(push_with_token, folder, REPO)
     remote.faults.clear()
     assert child(push_with_token, folder, REPO) == f'{remote.url}/{REPO}'

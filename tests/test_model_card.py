@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import timm
 from huggingface_hub import ModelCard
+from PIL import Image
+from test_docs import blocks_of
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / 'benchmarks'))
 FACT: dict[str, Any] = dict(
     weights='ait_vit_base_patch16_224.sam_in1k',
     data='ImageNet-1k, validation',
@@ -90,3 +93,45 @@ def test_a_result_without_its_origin_is_refused_and_its_origin_is_on_the_card(
     path.write_text(json.dumps([dict(FACT, weights='ait_small.mine')]))
     with pytest.raises(ValueError, match=r'ait_small\.mine is no tag of a model; use one of ait_small\.untrained'):
         script.read_facts(path)
+
+
+def test_every_block_of_the_card_in_the_repository_runs_as_it_stands(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (40, 50)).save('image.png')
+    blocks = blocks_of(script.CARD.read_text())
+    assert len(blocks) == script.CARD.read_text().count('```python') == 3
+    known: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block.code, 'MODEL_CARD.md', 'exec'), known)
+    assert known['logits'].shape == (1, 10)
+
+
+def test_only_models_that_were_run_with_the_same_settings_are_compared(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, 'TABLES', tmp_path / 'none')
+    assert 'Trained from scratch' not in script.make_card([FACT])
+    monkeypatch.setattr(script, 'TABLES', tmp_path)
+    for row, epochs in (('ait', 5), ('vit_small', 5), ('perceiver', 5), ('ait', 7), ('ait_no_memory', 9)):
+        record = {'row': row, 'top1': 12.5 + epochs, 'parameters': 2_000_000, 'log': [{'loss': 0.5}]}
+        record['arguments'] = {'table': 'cifar10', 'epochs': epochs}
+        (tmp_path / f'{row}-{epochs}.json').write_text(json.dumps(record))
+    card = script.make_card([FACT])
+    assert card.count('Trained from scratch') == 1
+    assert 'Trained from scratch, cifar10: epochs 5:' in card
+    assert '| ait | 2.00 | 1 | 17.50 | 0.500 |\n| vit_small | 2.00 | 1 | 17.50 | 0.500 |\n\n' in card
+
+
+def test_the_accuracy_at_each_batch_size_is_on_the_card_with_its_command(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, 'BATCH_SIZES', tmp_path / 'sizes.json')
+    assert 'batch size |' not in script.make_card([FACT])
+    ways = {'ours': {'7': {'top1': 70.5, 'difference': 0.0}}}
+    record = {'batch_sizes': ways, 'command': 'python it.py', 'commit': 'c0ffee', 'cpu': 'a toaster'}
+    script.BATCH_SIZES.write_text(json.dumps(record))
+    card = script.make_card([FACT])
+    assert '| batch size | 7 |\n|---|---|\n| ours: top-1, % | 70.50 |' in card
+    assert '`python it.py` at commit `c0ffee`, a toaster' in card

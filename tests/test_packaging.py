@@ -82,7 +82,7 @@ def test_the_metadata_say_what_it_is_and_what_it_needs(metadata: Message) -> Non
     assert metadata.get_payload().startswith('# timm-ait')
     required = [line for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line]
     assert {line.split('>')[0] for line in required} == {
-        *('torch', 'torchvision', 'timm', 'huggingface-hub', 'safetensors')
+        *('torch', 'torchvision', 'timm', 'huggingface-hub', 'safetensors', 'pyyaml')
     }
     assert set(metadata.get_all('Provides-Extra')) == {'clients', 'demo', 'docs', 'export', 'test', 'visualize'}
     assert 'Typing :: Typed' in metadata.get_all('Classifier')

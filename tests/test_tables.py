@@ -206,3 +206,12 @@ def test_only_our_accuracy_is_the_same_at_every_batch_size(
     first, *rows = capsys.readouterr().out.splitlines()
     assert first == '| batch size | 1 | 7 | 64 | 512 |'
     assert len(rows) == 5
+
+
+def test_the_accuracy_of_packaged_weights_is_the_same_at_every_batch_size(folder: Path, tmp_path: Path) -> None:
+    batch_sizes.main(['cifar10', str(folder), '--weights', 'test_ait', '--test', '20', '--out', str(tmp_path)])
+    record = json.loads((tmp_path / 'batch_sizes.json').read_text())
+    assert record['arguments'] == {'table': 'cifar10', 'test': 20, 'weights': 'test_ait'}
+    ours, theirs = record['batch_sizes'].values()
+    assert len({size['top1'] for size in ours.values()}) == 1
+    assert theirs['64']['difference'] > max(size['difference'] for size in ours.values())

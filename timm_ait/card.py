@@ -1,17 +1,23 @@
 """Write the model card of one set of weights, in the format of the Hub."""
 
 import json
+import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.flop_counter import FlopCounterMode
 
-from .pretrained import FILENAME, HUB_ORGANISATION, sha256_of
+from .pretrained import HUB_ORGANISATION, sha256_of
+from .relational import RelationalTransformer
+from .transformer import AssociativeTransformer
 
-__all__ = ['default_repo', 'metadata', 'write_card']
+__all__ = ['batch_table', 'count_cost', 'default_repo', 'metadata', 'usage', 'write_card']
 
 # The arguments of train.py that make a recipe. Paths, names and switches of the machine are private and left out.
 RECIPE = (
@@ -21,19 +27,47 @@ RECIPE = (
     'scale ratio hflip vflip train_crop_mode color_jitter aa reprob mixup cutmix mixup_off_epoch smoothing '
     'drop drop_path bce_loss model_ema model_ema_decay model_ema_warmup seed'
 ).split()
+ARGUMENTS = 'args.yaml'
+BATCHES = 'By the batch size of the evaluation, and with the same weights as the authors compute them:'
 METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %', 'metric': 'metric of the training run'}
-BODY = """# {name}
+MODES = {1: 'L', 3: 'RGB'}  # of an image file, by the channels of a model
+aten = torch.ops.aten
+COUNTED = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
+CITATION = """```bibtex
+@inproceedings{sun2025associative,
+  title     = {Associative Transformer},
+  author    = {Sun, Yuwei and Ochiai, Hideya and Wu, Zhirong and Lin, Stephen and Kanai, Ryota},
+  booktitle = {CVPR},
+  year      = {2025}
+}
+```"""
+HOW_COUNTED = """\
+GMACs and activations are counted for one image, with `torch.utils.flop_counter`: the multiply-adds of convolutions,
+linear layers and products of matrices, with attention and retrieval, and the values in the outputs of these. Counted
+so, timm's ViT-B/16 has 17.6 GMACs and 23.9 M activations."""
+BODY = """# Model card for {name}
 
 An [Associative Transformer](https://arxiv.org/abs/2309.12862) (AiT) for [timm](https://github.com/huggingface/pytorch-image-models):
-`{architecture}`, {millions:.1f} M parameters, images of {size}, {classes} classes.
+`{architecture}`.
 
-```python
-import timm
-import timm_ait  # registers the models: pip install timm_ait
+## Model details
 
-model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
+- **Type:** image classification, feature backbone
+- **Parameters (M):** {millions:.1f}
+- **GMACs:** {macs:.3g}
+- **Activations (M):** {activations:.3g}
+- **Image size:** {size}
+- **Classes:** {classes}
+{trained_on}- **Papers:**
+  - Associative Transformer: https://arxiv.org/abs/2309.12862
+  - An Image is Worth 16x16 Words: https://arxiv.org/abs/2010.11929
+- **Code of the authors:** https://github.com/yuweisunn/associative-transformer
+
+{how_counted}
+
+## Use
+
+{use}
 
 ## Results
 
@@ -45,9 +79,57 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 ## Provenance
 
-- Weights: {weights}, sha256 of `{filename}`: `{sha256}`
-{trained}- Written with timm_ait {version}, timm {timm}, torch {torch}
+- Weights: {weights}
+{hashes}
+{trained_with}- Written with timm_ait {version}, timm {timm}, torch {torch}
+
+## Citation
+
+{citation}
 """
+START = """```python
+import timm
+import timm_ait  # registers the models: pip install timm_ait
+import torch
+"""
+USE = """### Classify an image
+
+{start}from PIL import Image
+
+model = timm.create_model('{name}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open('image.png').convert('{mode}')).unsqueeze(0)  # {shape}
+with torch.inference_mode():
+    logits = model(image)  # {logits}
+best = logits.softmax(dim=1).topk({best})
+print(best.indices, best.values)
+```
+
+### Feature maps
+
+With `image` from above:
+
+```python
+backbone = timm.create_model('{name}', pretrained=True, features_only=True).eval()
+with torch.inference_mode():
+    maps = backbone(image)
+print([tuple(x.shape) for x in maps])  # {maps}
+```
+
+### Embeddings
+
+```python
+encoder = timm.create_model('{name}', pretrained=True, num_classes=0).eval()
+with torch.inference_mode():
+    embedding = encoder(image)  # {embedding}
+    tokens = model.forward_features(image)  # {tokens}
+    the_same = model.forward_head(tokens, pre_logits=True)  # {embedding}
+```"""
+USE_TENSORS = """{start}
+model = timm.create_model('{name}', pretrained=True).eval()
+with torch.inference_mode():
+    output = model({inputs})  # {logits}
+```"""
 
 
 def default_repo(folder: Path) -> str:
@@ -55,17 +137,38 @@ def default_repo(folder: Path) -> str:
     return f'{HUB_ORGANISATION}/{folder.name}'
 
 
+def count_cost(model: VisionTransformer) -> tuple[float, float]:
+    """Count what one image costs. Nothing is computed: the model is copied without its values.
+
+    Returns:
+        Billions of multiply-adds, and millions of values in the outputs of the operations that do them.
+    """
+    copy = deepcopy(model).to('meta', torch.float32).eval().requires_grad_(False)
+
+    def outputs(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return math.prod(out_shape)
+
+    found = []
+    for mapping in ({}, dict.fromkeys(COUNTED, outputs)):
+        with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            copy(*(torch.empty(shape, device='meta') for shape in _inputs(model)))
+        found.append(sum(counter.get_flop_counts()['Global'].values()))
+    return found[0] / 2e9, found[1] / 1e6
+
+
 def write_card(
     folder: Path,
-    model: nn.Module,
+    model: AssociativeTransformer,
     facts: dict[str, Any],
     args: dict[str, Any],
     dataset: str,
     weights: str,
     commit: str,
     version: str,
+    others: dict[str, dict[str, Any]],
+    batch_sizes: dict[str, dict[str, Any]],
 ) -> None:
-    """Write README.md beside config.json and the weights.
+    """Write README.md beside config.json and the weights, and args.yaml if a run of train.py is known.
 
     Args:
         folder: Folder of the weights.
@@ -76,24 +179,39 @@ def write_card(
         weights: Says which weights of the run these are, averaged or not.
         commit: Commit of the code that trained them, '' if it is not known.
         version: Version of the code that writes the card.
+        others: Metrics of other models to compare with, by their names.
+        batch_sizes: What benchmarks/batch_sizes.py measured for these weights, or nothing.
     """
     config = json.loads((folder / 'config.json').read_text())
+    recipe = _recipe(args)
+    if recipe:
+        (folder / ARGUMENTS).write_text(recipe)
+        recipe = f"Arguments of timm's train.py, also in {ARGUMENTS}:\n\n```yaml\n{recipe}```"
+    macs, activations = count_cost(model)
+    by_batch = f'{BATCHES}\n\n{batch_table(batch_sizes)}' if batch_sizes else ''
+    files = sorted(path for path in folder.iterdir() if path.name != 'README.md')
     body = BODY.format(
         name=folder.name,
-        repo=default_repo(folder),
         architecture=config['architecture'],
         millions=sum(p.numel() for p in model.parameters()) / 1e6,
-        size='x'.join(str(size) for size in config['pretrained_cfg']['input_size']),
-        classes=config['num_classes'],
-        results=_results(facts, dataset),
-        recipe=_recipe(args),
+        macs=macs,
+        activations=activations,
+        size='x'.join(map(str, model.patch_embed.img_size)),
+        classes=model.num_classes,
+        trained_on=f'- **Data set:** {dataset}\n' if dataset else '',
+        how_counted=HOW_COUNTED,
+        use=usage(model, f'hf-hub:{default_repo(folder)}'),
+        results='\n\n'.join(
+            filter(None, (_results(facts, dataset), _comparison(folder.name, facts, others), by_batch))
+        ),
+        recipe=recipe or 'No recipe is given.',
         weights=weights,
-        filename=FILENAME,
-        sha256=sha256_of(folder / FILENAME),
-        trained=f'- Trained with the code at `{commit}`\n' if commit else '',
+        hashes='\n'.join(f'- sha256 of `{path.name}`: `{sha256_of(path)}`' for path in files),
+        trained_with=f'- Trained with the code at `{commit}`\n' if commit else '',
         version=version,
         timm=timm.__version__,
         torch=torch.__version__,
+        citation=CITATION,
     )
     accuracies = [(dataset, 'top-1 accuracy', facts['top1'])] if dataset and 'top1' in facts else []
     head = metadata(folder.name, accuracies, config['pretrained_cfg'].get('license', 'apache-2.0'))
@@ -130,6 +248,45 @@ def metadata(name: str, accuracies: list[tuple[str, str, float]], license: str =
     return str(data.to_yaml())
 
 
+def batch_table(found: dict[str, dict[str, Any]]) -> str:
+    """Write what benchmarks/batch_sizes.py has measured: a row for each way, a column for each batch size."""
+    sizes = list(next(iter(found.values())))
+    lines = ['| batch size | ' + ' | '.join(sizes) + ' |', '|---' * (len(sizes) + 1) + '|']
+    for way, measured in found.items():
+        lines.append(f'| {way}: top-1, % | ' + ' | '.join(f'{one["top1"]:.2f}' for one in measured.values()) + ' |')
+        differences = ' | '.join(f'{one["difference"]:.1e}' for one in measured.values())
+        lines.append(f'| {way}: a logit differs by up to | {differences} |')
+    return '\n'.join(lines)
+
+
+def _inputs(model: VisionTransformer) -> list[tuple[int, ...]]:
+    """List the shapes of what a model takes for one image."""
+    question = [(1, model.question_dim)] if isinstance(model, RelationalTransformer) else []
+    return [(1, model.in_chans, *model.patch_embed.img_size), *question]
+
+
+def usage(model: AssociativeTransformer, name: str) -> str:
+    """Write how to use the weights of a model, in Python that runs as it stands; ``name`` is for create_model."""
+    inputs = _inputs(model)
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    grid, depth = model.patch_embed.grid_size, len(model.blocks)
+    width = model.head_hidden_size
+    is_usual = model.num_classes and model.in_chans in MODES and len(inputs) == 1
+    template = USE if is_usual else USE_TENSORS
+    return template.format(
+        start=START,
+        name=name,
+        mode=MODES.get(model.in_chans),
+        shape=inputs[0],
+        inputs=', '.join(f'torch.rand({", ".join(map(str, shape))})' for shape in inputs),
+        logits=(1, model.num_classes or width),
+        best=min(5, model.num_classes),
+        maps=f'{min(3, depth)} times (1, {model.embed_dim}, {grid[0]}, {grid[1]})',
+        embedding=(1, width),
+        tokens=(1, tokens, model.embed_dim),
+    )
+
+
 def _results(facts: dict[str, Any], dataset: str) -> str:
     lines = [f'- {METRICS[key]}: {facts[key]:.2f}' for key in METRICS if key in facts]
     if not lines:
@@ -137,8 +294,17 @@ def _results(facts: dict[str, Any], dataset: str) -> str:
     return '\n'.join([f'On {dataset or "an unnamed data set"}:', '', *lines])
 
 
+def _comparison(name: str, facts: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
+    """Write a table of this model and others, with what validate.py wrote of each; '' without others."""
+    if not others:
+        return ''
+    columns = {'param_count': 'parameters, M', 'top1': 'top-1, %', 'top5': 'top-5, %'}
+    rows = [['model', *columns.values()], ['---'] * 4]
+    rows += [[which, *(str(one.get(key, '')) for key in columns)] for which, one in {name: facts, **others}.items()]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
 def _recipe(args: dict[str, Any]) -> str:
-    given = {key: args[key] for key in RECIPE if args.get(key) not in (None, False, '', {}, ())}
-    if not given:
-        return 'No recipe is given.'
-    return '\n'.join(["Arguments of timm's train.py:", '', '```yaml', *(f'{k}: {v}' for k, v in given.items()), '```'])
+    """Write the arguments of a run that train.py was given, as YAML; '' if they are not of a run."""
+    given = {key: args[key] for key in RECIPE if args.get(key) not in (None, False, '', {}, (), [])}
+    return str(yaml.safe_dump(given, sort_keys=False)) if 'opt' in given else ''

@@ -1,9 +1,9 @@
 """Publish a trained model: ``python -m timm_ait.hub export CHECKPOINT FOLDER``, then ``push FOLDER ORG/NAME``.
 
 ``export`` reads a checkpoint of timm's train.py or of the authors' code, or a file of weights. It writes a folder as
-the Hub holds it: model.safetensors, config.json, README.md. To try that folder as a user of the Hub will, call
-``timm.create_model('local-dir:FOLDER', pretrained=True)``. ``push`` uploads it, ``publish`` all folders at once. Log in
-first with ``hf auth login``, or set HF_TOKEN.
+the Hub holds it: model.safetensors, config.json, README.md, and args.yaml if a run of train.py is known. To try that
+folder as a user of the Hub will, call ``timm.create_model('local-dir:FOLDER', pretrained=True)``. ``push`` uploads it,
+``publish`` all folders at once. Log in first with ``hf auth login``, or set HF_TOKEN.
 """
 
 import argparse
@@ -18,24 +18,21 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict, push_to_hf_hub, save_for_hf
+from timm.models import clean_state_dict, save_for_hf
 from timm.utils import ParseKwargs
 from torch import Tensor
 
 from timm_ait import AssociativeTransformer, __version__
 from timm_ait.arguments import WORKSPACE_ARGS
-from timm_ait.card import default_repo, write_card
+from timm_ait.card import write_card
 from timm_ait.convert import fit_pretrained
 from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
+from timm_ait.publish import listing, publish, push
 
 __all__ = ['Checkpoint', 'build_model', 'export', 'publish', 'push', 'read_checkpoint']
 
-COLLECTION = 'Associative Transformer'
-FILES = (FILENAME, 'config.json', 'README.md')
 DTYPES = ('float32', 'float16', 'bfloat16')
 
 
@@ -68,7 +65,7 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     if not path.is_file():
         raise ValueError(f'there is no checkpoint {path}; train.py writes output/<experiment>/model_best.pth.tar')
     if path.suffix == '.safetensors':
-        return Checkpoint(safetensors.torch.load_file(path), {}, False, {})
+        return Checkpoint(safetensors.torch.load_file(path), _saved_args(path.with_name('config.json')), False, {})
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
@@ -83,6 +80,15 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     return Checkpoint(clean_state_dict(state_dict), vars(content.get('args', argparse.Namespace())), is_ema, facts)
 
 
+def _saved_args(path: Path) -> dict[str, Any]:
+    """Read the config that timm wrote beside the weights, in the names of train.py's arguments."""
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text())
+    pixels = {key: config['pretrained_cfg'].get(key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
+    return {'model': config['architecture'], 'model_kwargs': config.get('model_args', {}), **pixels}
+
+
 def export(
     checkpoint: Path,
     folder: Path,
@@ -93,6 +99,8 @@ def export(
     results: Path | None = None,
     dataset: str = '',
     commit: str = '',
+    compare: dict[str, str] | None = None,
+    batch_sizes: Path | None = None,
 ) -> Path:
     """Write a folder as the Hub holds it. It is written whole or not at all, and loads back bit for bit.
 
@@ -106,6 +114,8 @@ def export(
         results: JSON of validate.py (``--results-file results.json --results-format json``).
         dataset: Name of the data set that the results were measured on.
         commit: Commit of the code that trained the model, for the card.
+        compare: Names of other models, for instance a control without memory, and their JSON of validate.py.
+        batch_sizes: JSON of benchmarks/batch_sizes.py for these weights.
 
     Raises:
         ValueError: If the checkpoint does not fit the model, or if the folder exists.
@@ -117,12 +127,14 @@ def export(
     model, model_args = build_model(read, checkpoint, model_name, model_kwargs or {})
     model.to(getattr(torch, dtype))
     facts = {**read.facts, **_read_results(results)}
+    others = {name: _read_results(Path(path)) for name, path in (compare or {}).items()}
+    by_batch = _read_results(batch_sizes).get('batch_sizes', {})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / folder.name
         _save(model, made, model_args)
         weights = 'averaged (EMA)' if read.is_ema else 'as trained'
-        write_card(made, model, facts, read.args, dataset, weights, commit, _code_version())
+        write_card(made, model, facts, read.args, dataset, weights, commit, _code_version(), others, by_batch)
         _compare(model, made)
         made.rename(folder)
     return folder
@@ -202,112 +214,6 @@ def _load(folder: Path) -> AssociativeTransformer:
         return model.to(file.get_tensor('patch_embed.proj.weight').dtype)
 
 
-def push(folder: Path, repo_id: str = '', private: bool = False) -> str:
-    """Upload a folder of :func:`export` without changes, and check that its weights have arrived.
-
-    Args:
-        folder: Folder of the weights.
-        repo_id: 'organisation/name'. By default the organisation of this package and the name of the folder.
-        private: Make a new repository private.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        WeightsError: If no user is logged in, or if the Hub then holds other weights than the folder.
-    """
-    _require_login()
-    repo_id = repo_id or default_repo(folder)
-    model = _load(folder)
-    config = json.loads((folder / 'config.json').read_text())
-    pinned = model.pretrained_cfg['notes'] = config['pretrained_cfg']['notes']
-    message = f'{folder.name}, timm_ait {__version__}'
-    push_to_hf_hub(model, repo_id, message, private=private, model_args=config['model_args'], safe_serialization=True)
-    # The card that timm writes does not mention this package.
-    HfApi().upload_file(path_or_fileobj=_card(folder, repo_id).encode(), path_in_repo='README.md', repo_id=repo_id)
-    arrived = get_hf_file_metadata(hf_hub_url(repo_id, FILENAME)).etag
-    if f'sha256:{arrived}' not in pinned:
-        raise WeightsError(
-            f'{FILENAME} in {repo_id} has the sha256 {arrived}, but {folder} has {pinned[0]}: push again'
-        )
-    return f'{HfApi().endpoint}/{repo_id}'
-
-
-def publish(organisation: str, folder: Path, dry_run: bool = False) -> list[str]:
-    """Upload every folder MODEL.TAG in ``folder`` that the Hub does not hold yet, and collect all in one collection.
-
-    Args:
-        organisation: Owner of the repositories.
-        folder: Holds the folders that :func:`export` has written.
-        dry_run: Check the folders and say what would be done, without the network.
-
-    Returns:
-        Lines that say what was done, then the lines for the catalogue.
-
-    Raises:
-        ValueError: If there is no such folder, or if a folder in it is not whole. Then nothing is uploaded.
-        WeightsError: If no user is logged in, or if weights did not arrive.
-    """
-    folders = _whole_folders(folder)
-    repos = {f'{organisation}/{each.name}': each for each in folders}
-    lines = ['to list them as pretrained, write these at their tags in timm_ait/ait.py:', *map(_listing, folders)]
-    if organisation != HUB_ORGANISATION:
-        lines.append(f"and in timm_ait/pretrained.py: HUB_ORGANISATION = '{organisation}'")
-    if dry_run:
-        done = [f'{each}: would create or update {repo}, unless it is the same' for repo, each in repos.items()]
-        return [*done, f"would add {len(repos)} to the collection '{COLLECTION}' of {organisation}", *lines]
-    _require_login()
-    done = [
-        f'unchanged: {repo}' if _is_on_hub(each, repo) else f'published: {push(each, repo)}'
-        for repo, each in repos.items()
-    ]
-    collection = HfApi().create_collection(COLLECTION, namespace=organisation, exists_ok=True)
-    for repo in repos:
-        HfApi().add_collection_item(collection.slug, repo, 'model', exists_ok=True)
-    return [*done, f'collection: {collection.url}', *lines]
-
-
-def _whole_folders(folder: Path) -> list[Path]:
-    """List the folders of weights in ``folder``. Each must have all files, and weights of the hash in its config."""
-    if not folder.is_dir():
-        raise ValueError(f'there is no folder {folder}; write folders MODEL.TAG into it with export')
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
-    if not folders:
-        raise ValueError(f'{folder} holds no folder MODEL.TAG; write one with export')
-    for each in folders:
-        missing = [name for name in FILES if not (each / name).is_file()]
-        if missing:
-            raise ValueError(f'{each} has no {", ".join(missing)}; write it again with export')
-        notes = json.loads((each / 'config.json').read_text()).get('pretrained_cfg', {}).get('notes') or ['no hash']
-        found = f'sha256:{sha256_of(each / FILENAME)}'
-        if found not in notes:
-            raise ValueError(f'{each / FILENAME} has {found}, but config.json {notes[0]}; write it again with export')
-    return folders
-
-
-def _is_on_hub(folder: Path, repo_id: str) -> bool:
-    """Say whether the Hub holds the weights of a whole folder, with this config and this card."""
-    config = json.loads((folder / 'config.json').read_text())
-    try:
-        stored = get_hf_file_metadata(hf_hub_url(repo_id, FILENAME)).etag
-        if f'sha256:{stored}' not in config['pretrained_cfg']['notes']:
-            return False
-        stored_config, card = (Path(hf_hub_download(repo_id, name)).read_text() for name in FILES[1:])
-    except (RepositoryNotFoundError, EntryNotFoundError):
-        return False
-    return json.loads(stored_config) == config and card == _card(folder, repo_id)
-
-
-def _card(folder: Path, repo_id: str) -> str:
-    """Read the card of a folder, with the name of its repository."""
-    return (folder / 'README.md').read_text().replace(f'hf-hub:{default_repo(folder)}', f'hf-hub:{repo_id}')
-
-
-def _require_login() -> None:
-    if not get_token():
-        raise WeightsError('you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN')
-
-
 def _read_results(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
@@ -320,10 +226,6 @@ def _code_version() -> str:
     folder = str(Path(__file__).parent)
     git = subprocess.run(['git', '-C', folder, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=False)
     return f'{__version__} ({git.stdout.strip()})' if git.stdout else __version__
-
-
-def _listing(folder: Path) -> str:
-    return f"**published('{folder.name}', '{sha256_of(folder / FILENAME)}')"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -339,6 +241,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add('--dtype', choices=DTYPES, default='float32')
     add('--results', type=Path, help='JSON of validate.py: --results-file FILE --results-format json')
     add('--dataset', default='', help="data set of the results, for instance 'CIFAR-10 (JPEG)'")
+    add('--compare', nargs='*', default={}, action=ParseKwargs, metavar='NAME=RESULTS', help='other models')
+    add('--batch-sizes', type=Path, metavar='RESULTS', help='JSON of benchmarks/batch_sizes.py for these weights')
     add('--commit', default='', help='commit of the code that trained the model')
     add = commands.add_parser('push', help='upload a folder to the Hub; log in first: hf auth login').add_argument
     add('folder', type=Path)
@@ -362,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = args.pop('command')
         if command == 'push':
             print(f'published: {push(**args)}')
-            print(f'to list it as pretrained, write this at its tag in timm_ait/ait.py: {_listing(args["folder"])}')
+            print(f'to list it as pretrained, write this at its tag in timm_ait/ait.py: {listing(args["folder"])}')
         elif command == 'publish':
             print(*publish(**args), sep='\n')
         else:
