@@ -60,6 +60,8 @@ def export(folder: Path, **kwargs: Any) -> str:
 def test_every_block_of_a_card_runs_as_it_stands_and_makes_the_shapes_that_it_says(
     kwargs: dict[str, Any], parts: int, served: LoopbackHub, child: Child, tmp_path: Path
 ) -> None:
+    if 'in_chans' in kwargs and not hasattr(timm.models, 'get_model_args'):
+        pytest.skip('timm before 1.0.31 keeps the means of three channels')
     card = export(tmp_path, **kwargs)
     assert len(blocks_of(card)) == card.count('```python') == parts
     files = {path.name: path.read_bytes() for path in (tmp_path / NAME).iterdir()}
