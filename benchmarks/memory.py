@@ -120,62 +120,72 @@ def interval(values: list[float]) -> float:
     return T[n - 1] * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
 
 
-def gain(top1: dict[int, float], control: dict[int, float]) -> str:
-    """Mean difference over the seeds that both have, with half of its 95 % interval; '' if there is none."""
-    gains = [value - control[seed] for seed, value in top1.items() if seed in control]
-    half = f' ± {interval(gains):.2f}' if len(gains) > 1 else ''
-    return f'{statistics.mean(gains):+.2f}{half}' if gains else ''
+def gains(top1: dict[int, float], control: dict[int, float]) -> list[float]:
+    """Differences over the seeds that both have."""
+    return [value - control[seed] for seed, value in top1.items() if seed in control]
 
 
-def gather(folder: Path) -> dict[tuple[str, str], dict[int, Any]]:
-    """Results by (setting, variant), then by seed."""
-    found: dict[tuple[str, str], dict[int, Any]] = {}
+def format_gains(values: list[float]) -> str:
+    """Their mean with half of its 95 % interval; '' if there is none."""
+    half = f' ± {interval(values):.2f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):+.2f}{half}' if values else ''
+
+
+def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
+    """Results by setting, then by variant, then by seed."""
+    found: dict[str, dict[str, dict[int, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
         record = json.loads(path.read_text())
         arguments = record['arguments']
         mixing = 'with self-attention' if arguments['attention'] else 'without self-attention'
         setting = f'width {arguments["width"]}, depth {arguments["depth"]}, {mixing}'
-        found.setdefault((setting, record['variant']), {})[record['seed']] = record
-    return found
+        found.setdefault(setting, {name: {} for name in VARIANTS})[record['variant']][record['seed']] = record
+    return {setting: {name: seeds for name, seeds in rows.items() if seeds} for setting, rows in found.items()}
 
 
-def table(found: dict[tuple[str, str], dict[int, Any]]) -> str:
+def top1_of(seeds: dict[int, Any]) -> dict[int, float]:
+    """Test accuracies in percent, by seed."""
+    return {seed: record['top1'] for seed, record in seeds.items()}
+
+
+def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
     """Accuracy with its interval, and the difference to no memory over the same seeds."""
     heading = '| setting | memory | seeds | top-1, % | less that of no memory | training loss | slots: cosine, rank '
     lines = [f'{heading}| retrieval varies, % |', '|---|---|---|---|---|---|---|---|']
-    for (setting, variant), seeds in found.items():
-        top1, control = (
-            {seed: record['top1'] for seed, record in found.get((setting, name), {}).items()}
-            for name in (variant, 'none')
-        )
-        values = list(top1.values())
-        loss = statistics.mean(record['log'][-1]['loss'] for record in seeds.values())
-        blocks = [block for record in seeds.values() for block in record['memory']]
-        mean = {key: statistics.mean(block[key] for block in blocks) for key in (blocks[0] if blocks else ())}
-        slots = f'{mean["mean_cosine"]:.2f}, {mean["effective_rank"]:.1f}' if mean else ''
-        varies = f'{100 * mean["varies_over_tokens"]:.0f}' if mean else ''
-        lines.append(
-            f'| {setting} | {variant} | {len(seeds)} | {statistics.mean(values):.2f} ± {interval(values):.2f} '
-            f'| {"" if variant == "none" else gain(top1, control)} | {loss:.3f} | {slots} | {varies} |'
-        )
+    for setting, rows in found.items():
+        for variant, seeds in rows.items():
+            top1, control = top1_of(seeds), top1_of(rows.get('none', {}))
+            values = list(top1.values())
+            loss = statistics.mean(record['log'][-1]['loss'] for record in seeds.values())
+            blocks = [block for record in seeds.values() for block in record['memory']]
+            mean = {key: statistics.mean(block[key] for block in blocks) for key in (blocks[0] if blocks else ())}
+            slots = f'{mean["mean_cosine"]:.2f}, {mean["effective_rank"]:.1f}' if mean else ''
+            varies = f'{100 * mean["varies_over_tokens"]:.0f}' if mean else ''
+            less = '' if variant == 'none' else format_gains(gains(top1, control))
+            lines.append(
+                f'| {setting} | {variant} | {len(seeds)} | {statistics.mean(values):.2f} ± {interval(values):.2f} '
+                f'| {less} | {loss:.3f} | {slots} | {varies} |'
+            )
     return '\n'.join(lines)
 
 
-def draw(found: dict[tuple[str, str], dict[int, Any]], path: Path) -> None:
-    """Draw every run and the mean of each variant."""
+def draw(found: dict[str, dict[str, dict[int, Any]]], path: Path) -> None:
+    """Draw the difference to no memory: each seed, the mean and its interval."""
     from matplotlib.figure import Figure
 
-    settings = list(dict.fromkeys(setting for setting, _ in found))
-    figure = Figure(figsize=(6 * len(settings), 4), layout='constrained', facecolor='white')
-    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
-        names = [variant for variant in VARIANTS if (setting, variant) in found]
-        for x, variant in enumerate(names):
-            values = [record['top1'] for record in found[setting, variant].values()]
-            axes.plot([x] * len(values), values, 'o', color='tab:grey', alpha=0.6)
-            axes.errorbar(
-                x + 0.15, statistics.mean(values), yerr=interval(values), fmt='s', color='tab:blue', capsize=4
-            )
-        axes.set(xticks=range(len(names)), xticklabels=names, ylabel='top-1 accuracy, %', title=setting)
+    figure = Figure(figsize=(6 * len(found), 4), layout='constrained', facecolor='white')
+    for axes, (setting, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        control = top1_of(rows.get('none', {}))
+        less = {name: gains(top1_of(seeds), control) for name, seeds in rows.items() if name != 'none'}
+        for y, values in enumerate(less.values()):
+            axes.plot(values, [y] * len(values), 'o', color='tab:grey', alpha=0.6)
+            if values:
+                half = interval(values) if len(values) > 1 else None
+                axes.errorbar(statistics.mean(values), y, xerr=half, fmt='s', color='tab:blue', capsize=4)
+        axes.axvline(0, color='black', linewidth=1)
+        axes.set_yticks(range(len(less)), list(less))
+        axes.invert_yaxis()
+        axes.set(xlabel='top-1 accuracy less that without memory, points', title=setting)
     figure.savefig(path, dpi=110)
 
 

@@ -25,7 +25,7 @@ import ablations
 import baselines
 import torch
 from loop import Data, OutOfTimeError, Settings, evaluate, fit
-from memory import T, gain, interval
+from memory import T, format_gains, gains, interval
 from record import write_record
 from torch import nn
 from upcycle import load
@@ -202,7 +202,7 @@ def format_table(rows: dict[str, list[Any]]) -> str:
         loss = statistics.mean(record['log'][-1]['loss'] for record in records)
         spread = f' ± {half:.2f}' if len(records) > 1 else ''
         parameters = records[0]['parameters'] / 1e6
-        less = '' if row == 'ait' else gain(top1[row], top1.get('ait', {}))
+        less = '' if row == 'ait' else format_gains(gains(top1[row], top1.get('ait', {})))
         lines.append(f'| {row} | {parameters:.2f} | {len(records)} | {mean:.2f}{spread} | {less} | {loss:.3f} |')
     return '\n'.join(lines)
 
