@@ -76,7 +76,7 @@ def test_all_folders_are_published_once_and_collected(
     [
         ('model.safetensors', b'blocks.0', b'blocks.1'),
         ('config.json', b'"crop_pct": 0.9', b'"crop_pct": 0.8'),
-        ('README.md', b'# test_ait.two', b'# test_ait.old'),
+        ('README.md', b'card for test_ait.two', b'card for test_ait.old'),
     ],
 )
 def test_a_repository_with_one_other_file_is_published_again(
