@@ -35,13 +35,13 @@ class NoMemory(GlobalWorkspace):
         return h
 
 
-class UnitGain(GlobalWorkspace):
-    """The gain on the retrieval starts at 1."""
+class WideGain(GlobalWorkspace):
+    """The gain on the retrieval starts at sqrt(D): what a token retrieves is then about as long as the token."""
 
     def reset_parameters(self) -> None:
-        """Start from 1 and not from sqrt(D)."""
+        """Start from sqrt(D) and not from 1."""
         super().reset_parameters()
-        nn.init.ones_(self.scale)
+        nn.init.constant_(self.scale, self.slot_dim**0.5)
 
 
 class NoAttention(nn.Module):
@@ -58,15 +58,16 @@ VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
     'none': (NoMemory, dict(write_mode='never')),
     'registers': (NoMemory, dict(write_mode='never', reg_tokens=32)),
     'frozen': (GlobalWorkspace, FROZEN),
-    'frozen_gain1': (UnitGain, FROZEN),
+    'frozen_wide': (WideGain, FROZEN),
     'published': (GlobalWorkspace, {}),
     'published_detached': (GlobalWorkspace, dict(write_grad=False)),
     'distinct': (GlobalWorkspace, dict(write_rule='distinct')),
-    'distinct_gain1': (UnitGain, dict(write_rule='distinct')),
+    'distinct_wide': (WideGain, dict(write_rule='distinct')),
     'image': (GlobalWorkspace, IMAGE),
-    'image_gain1': (UnitGain, IMAGE),
-    'image_detached': (GlobalWorkspace, dict(IMAGE, write_grad=False)),
+    'image_wide': (WideGain, IMAGE),
+    'image_wide_detached': (WideGain, dict(IMAGE, write_grad=False)),
 }
+DETACHED = (('published', 'published_detached'), ('image_wide', 'image_wide_detached'))
 SHAPE: dict[str, Any] = dict(
     img_size=32, patch_size=4, num_heads=4, mlp_ratio=2.0, num_classes=10, class_token=False, global_pool='avg'
 )
@@ -166,6 +167,11 @@ def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
                 f'| {setting} | {variant} | {len(seeds)} | {statistics.mean(values):.2f} ± {interval(values):.2f} '
                 f'| {less} | {loss:.3f} | {slots} | {varies} |'
             )
+    lines += ['', '| setting | memory | trained write less detached write |', '|---|---|---|']
+    for setting, rows in found.items():
+        for trained, detached in (name for name in DETACHED if set(name) <= rows.keys()):
+            less = format_gains(gains(top1_of(rows[trained]), top1_of(rows[detached])))
+            lines.append(f'| {setting} | {trained} | {less} |')
     return '\n'.join(lines)
 
 

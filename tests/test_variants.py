@@ -237,6 +237,13 @@ def test_the_first_memory_is_orthogonal_and_a_write_moves_it_by_the_rate_that_th
     assert ((published.memory * before).sum(dim=-1) < (layer.memory * before).sum(dim=-1)).all()
 
 
+def test_the_gain_of_distinct_slots_is_learned_from_one_on_and_the_published_rule_has_none() -> None:
+    layer = make_layer(write_rule='distinct')
+    assert layer.scale.tolist() == [1.0] * E
+    assert layer.scale.requires_grad
+    assert make_layer().scale is None
+
+
 def test_one_slot_has_nothing_to_be_distinct_from() -> None:
     layer = make_layer(write_rule='distinct', num_slots=1)
     before = layer.memory.clone()

@@ -87,7 +87,7 @@ class GlobalWorkspace(nn.Module):
         write_rule: 'published' is the paper's rule, which pulls all slots to one point. 'distinct' removes from each
             write what all slots read alike, writes rows of unit length, so that ``memory_decay`` is the rate that it
             says, starts from orthogonal slots and turns them back towards orthogonal ones after each write, and learns
-            a gain (E,) on the retrieval that starts at sqrt(D).
+            a gain (E,) on the retrieval that starts at 1.
         write_scope: 'batch' as in the paper: the tokens of the batch write into one memory, and evaluation reads what
             training has written. 'image': every image writes its own tokens into a copy of the memory and reads the
             copy, in evaluation too. The memory itself starts every copy, and moves by their mean.
@@ -381,13 +381,10 @@ class GlobalWorkspace(nn.Module):
         return self.memory.new_zeros(()) if loss is None else hand_out(loss)
 
     def reset_parameters(self) -> None:
-        """Start from random slots N(0, 1) as the authors do, or from orthogonal ones, and from the initial scale.
-
-        Without a given scale it is sqrt(D): what a unit slot makes a token retrieve is then about as long as the token.
-        """
+        """Start from random slots N(0, 1) as the authors do, or from orthogonal ones, and from the initial scale."""
         (nn.init.orthogonal_ if self.write_rule == 'distinct' else nn.init.normal_)(self.memory)
         if self.scale is not None:
-            nn.init.constant_(self.scale, self.slot_dim**0.5 if self.retrieval_scale is None else self.retrieval_scale)
+            nn.init.constant_(self.scale, 1.0 if self.retrieval_scale is None else self.retrieval_scale)
 
     def init_weights(self) -> None:
         """Initialise what the paper adds to a feed-forward layer as the authors do: by PyTorch's defaults.
