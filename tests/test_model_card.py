@@ -115,13 +115,13 @@ def test_only_models_that_were_run_with_the_same_settings_are_compared(
     assert 'Trained from scratch' not in script.make_card([FACT])
     monkeypatch.setattr(script, 'TABLES', tmp_path)
     for row, epochs in (('ait', 5), ('vit_small', 5), ('perceiver', 5), ('ait', 7), ('ait_no_memory', 9)):
-        record = {'row': row, 'top1': 12.5 + epochs, 'parameters': 2_000_000, 'log': [{'loss': 0.5}]}
+        record = {'row': row, 'seed': 1, 'top1': 12.5 + epochs, 'parameters': 2_000_000, 'log': [{'loss': 0.5}]}
         record['arguments'] = {'table': 'cifar10', 'epochs': epochs}
         (tmp_path / f'{row}-{epochs}.json').write_text(json.dumps(record))
     card = script.make_card([FACT])
     assert card.count('Trained from scratch') == 1
     assert 'Trained from scratch, cifar10: epochs 5:' in card
-    assert '| ait | 2.00 | 1 | 17.50 | 0.500 |\n| vit_small | 2.00 | 1 | 17.50 | 0.500 |\n\n' in card
+    assert '| ait | 2.00 | 1 | 17.50 |  | 0.500 |\n| vit_small | 2.00 | 1 | 17.50 | +0.00 | 0.500 |\n\n' in card
 
 
 def test_the_accuracy_at_each_batch_size_is_on_the_card_with_its_command(

@@ -215,3 +215,12 @@ def test_the_accuracy_of_packaged_weights_is_the_same_at_every_batch_size(folder
     ours, theirs = record['batch_sizes'].values()
     assert len({size['top1'] for size in ours.values()}) == 1
     assert theirs['64']['difference'] > max(size['difference'] for size in ours.values())
+
+
+def test_the_published_tables_are_those_of_the_results() -> None:
+    folder = Path(tables.__file__).parent
+    text = (folder / 'README.md').read_text()
+    found = tables.gather(folder / 'results' / 'tables')
+    assert found
+    for heading, rows in found.items():
+        assert f'{heading}\n\n{tables.format_table(rows)}' in text
