@@ -180,7 +180,8 @@ def draw(found: dict[str, dict[str, dict[int, Any]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(found), 4), layout='constrained', facecolor='white')
-    for axes, (setting, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+    panels = figure.subplots(1, len(found), squeeze=False, sharex=True)[0]
+    for axes, (setting, rows) in zip(panels, found.items(), strict=True):
         control = top1_of(rows.get('none', {}))
         less = {name: gains(top1_of(seeds), control) for name, seeds in rows.items() if name != 'none'}
         for y, values in enumerate(less.values()):
