@@ -31,6 +31,7 @@ from measure import (
     table,
     time_sides,
 )
+from memory import IMAGE
 from record import write_record
 from timm.layers import Attention
 from timm.utils import reparameterize_model
@@ -55,11 +56,10 @@ DEFAULTS = {
     'cuda': {'layouts': ['32', '224'], 'sizes': SIZES, 'batch_sizes': [256], 'tokens': [4096, 16384, 65536, 262144]}
     | {'dtype': 'bfloat16', 'rounds': 15, 'image_tokens': [256, 1024, 4096, 16384]},
 }
-QUICK = {'layouts': ['toy'], 'sizes': ['small'], 'batch_sizes': [2], 'tokens': [64, 128], 'rounds': 2}
-QUICK['image_tokens'] = [8, 16]
+QUICK = {'layouts': ['toy'], 'sizes': ['small'], 'batch_sizes': [2], 'tokens': [64, 128]}
+QUICK |= {'rounds': 2, 'image_tokens': [8, 16]}
 TURN = 0.2  # seconds; long enough that the resolution of the clock and the delay of a launch do not matter
 WIDTH, IMAGE_TOKENS, HEADS = 768, 64, 12  # of a layer alone, as in the paper
-BY_IMAGE = {'write_rule': 'distinct', 'write_scope': 'image'}
 
 
 def create(layout: str, size: str, **workspace_args: Any) -> nn.Module:
@@ -117,38 +117,27 @@ def training(build: Callable[[], nn.Module], batch: int, args: Args) -> Side:
     return Side(model, step, batch)
 
 
-def workspace(layer: type[nn.Module], tokens: int, is_training: bool, args: Args) -> Side:
-    """Run a layer alone, in training also backward. A feed-forward part of width 1 costs almost nothing."""
-    model = layer(WIDTH, 1).to(args.device).train(is_training)
-    x = torch.randn(tokens // IMAGE_TOKENS, IMAGE_TOKENS, WIDTH, device=args.device, requires_grad=is_training)
-    grad = torch.randn_like(x)
-
-    def step() -> None:
-        with torch.set_grad_enabled(is_training), autocast(args):
-            y = model(x)
-        if is_training:
-            torch.autograd.backward([y, model.balance_loss()], [grad.to(y.dtype), None])
-            model.zero_grad()
-            x.grad = None
-
-    return Side(model, step, tokens)
-
-
-def mixing(build: Callable[[], nn.Module], tokens: int, is_training: bool, args: Args) -> Side:
-    """Mix the tokens of one image, in training also backward."""
+def layer_alone(build: Callable[[], nn.Module], images: int, tokens: int, is_training: bool, args: Args) -> Side:
+    """Run a layer on images of so many tokens, in training also backward, with its balance loss if it has one."""
     model = build().to(args.device).train(is_training)
-    x = torch.randn(1, tokens, WIDTH, device=args.device, requires_grad=is_training)
+    x = torch.randn(images, tokens, WIDTH, device=args.device, requires_grad=is_training)
     grad = torch.randn_like(x)
 
     def step() -> None:
         with torch.set_grad_enabled(is_training), autocast(args):
             y = model(x)
         if is_training:
-            y.backward(grad.to(y.dtype))
+            losses = [model.balance_loss()] if hasattr(model, 'balance_loss') else []
+            torch.autograd.backward([y, *losses], [grad.to(y.dtype), *[None for _ in losses]])
             model.zero_grad()
             x.grad = None
 
-    return Side(model, step, tokens)
+    return Side(model, step, images * tokens)
+
+
+def workspace(layer: Callable[[int, int], nn.Module], tokens: int, is_training: bool, args: Args) -> Side:
+    """Run a workspace on a batch. A feed-forward part of width 1 costs almost nothing."""
+    return layer_alone(partial(layer, WIDTH, 1), tokens // IMAGE_TOKENS, IMAGE_TOKENS, is_training, args)
 
 
 def model_cases(args: Args) -> Iterator[Case]:
@@ -199,13 +188,13 @@ def image_cases(args: Args) -> Iterator[Case]:
     timed = time_with(args)
     kinds = (inference, training) if 'image' in args.rows else ()
     for layout, size, batch, kind in product(args.layouts, args.sizes, args.batch_sizes, kinds):
-        builds = (partial(create, layout, size, **BY_IMAGE), partial(create, layout, size))
+        builds = (partial(create, layout, size, **IMAGE), partial(create, layout, size))
         sides = tuple(partial(kind, build, batch, args) for build in builds)
         name = f'{kind.__name__}, memory of each image / of the batch, {LAYOUTS[layout][size][0]}, batch {batch}'
         yield name, partial(timed, sides=sides, goal=None)
-    builds = (partial(GlobalWorkspace, WIDTH, 1, **BY_IMAGE), partial(Attention, WIDTH, HEADS))
+    builds = (partial(GlobalWorkspace, WIDTH, 1, **IMAGE), partial(Attention, WIDTH, HEADS))
     for tokens, is_training in product(args.image_tokens if 'attention' in args.rows else [], (False, True)):
-        sides = tuple(partial(mixing, build, tokens, is_training, args) for build in builds)
+        sides = tuple(partial(layer_alone, build, 1, tokens, is_training, args) for build in builds)
         use = 'training' if is_training else 'inference'
         name = f'speed in {use}, memory of an image / self-attention, {tokens} tokens'
         yield name, partial(timed, sides=sides, goal=None, at_least=True)

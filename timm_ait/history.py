@@ -18,6 +18,7 @@ __all__ = [
     'Drift',
     'find_checkpoints',
     'follow_training',
+    'label_of',
     'load_checkpoint',
     'measure_drift',
     'read_memories',
@@ -79,13 +80,14 @@ def find_checkpoints(folder: Path) -> list[Path]:
     Raises:
         ValueError: If there are none.
     """
-    paths = [path for path in folder.glob('checkpoint-*.pth.tar') if re.fullmatch(r'\d+', _epoch(path))]
+    paths = [path for path in folder.glob('checkpoint-*.pth.tar') if re.fullmatch(r'\d+', label_of(path))]
     if not paths:
         raise ValueError(f'{folder} holds no checkpoint-<epoch>.pth.tar; give the output folder of train.py')
-    return sorted(paths, key=lambda path: int(_epoch(path)))
+    return sorted(paths, key=lambda path: int(label_of(path)))
 
 
-def _epoch(path: Path) -> str:
+def label_of(path: Path) -> str:
+    """The epoch in the name of a checkpoint of train.py, or what stands in its place."""
     return path.name.removeprefix('checkpoint-').removesuffix('.pth.tar')
 
 
@@ -116,7 +118,7 @@ def follow_training(run: Path, images: Tensor) -> list[dict[str, Any]]:
     Raises:
         ValueError: If there is no summary.csv or no checkpoint.
     """
-    checkpoints = {int(_epoch(path)): path for path in find_checkpoints(run)}
+    checkpoints = {int(label_of(path)): path for path in find_checkpoints(run)}
     summary = run / 'summary.csv'
     if not summary.is_file():
         raise ValueError(f'{run} holds no summary.csv, which train.py writes after each epoch')

@@ -19,6 +19,7 @@ from timm_ait.history import (
     Drift,
     find_checkpoints,
     follow_training,
+    label_of,
     load_checkpoint,
     measure_drift,
     read_memories,
@@ -130,8 +131,7 @@ def _drift(paths: list[Path]) -> Drift | None:
     files = find_checkpoints(paths[0]) if is_folder else paths
     if is_folder and len(files) == 1:
         return None
-    labels = [path.name.removeprefix('checkpoint-').removesuffix('.pth.tar') for path in files]
-    return measure_drift(labels, [read_memories(path) for path in files])
+    return measure_drift([label_of(path) for path in files], [read_memories(path) for path in files])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -325,6 +325,7 @@ class GlobalWorkspace(nn.Module):
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
         """Retrieve from the memory (..., M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
         base = h if self.retrieval_scale is None else f
+        # By keyword: a positional parameter stops torch's counter of FLOPs where there are no gradients.
         return self.retrieval(base, h, self.attractors(memory, h.dtype), scale=self.scale)
 
     def attractors(self, memory: Tensor, dtype: torch.dtype) -> Tensor:
