@@ -14,6 +14,7 @@ from timm.data import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
+from timm.layers import ConvNormAct, HybridEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -121,6 +122,7 @@ default_cfgs = generate_default_cfgs(
         **_vit_cfgs('ait_vit_small_patch16_224'),
         **_vit_cfgs('ait_vit_medium_patch16_224'),
         **_vit_cfgs('ait_vit_base_patch16_224'),
+        'ait_tiny_conv4_32.cifar10': _cifar_cfg(first_conv='patch_embed.backbone.0.conv'),
         'test_ait.cifar10': _cifar_cfg(
             **packaged('test_ait.cifar10', '166e22d2bf87f0e21c0bee95c88e22802ffce3ab3b62759deaec6305560bd51c')
         ),
@@ -150,6 +152,20 @@ def _paper(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         norm_layer=nn.LayerNorm,
     )
     return dict(model_args, **kwargs)
+
+
+def _conv_stem(
+    channels: tuple[int, ...] = (64, 128, 128, 256),
+    strides: tuple[int, ...] = (1, 2, 1, 2),
+    in_chans: int = 3,
+    device: Any = None,
+    dtype: Any = None,
+) -> nn.Sequential:
+    """Convolutions of 3x3 with norm and GELU: (B, C, H, W) -> (B, 256, H/4, W/4)."""
+    inputs = (in_chans, *channels[:-1])
+    sizes = zip(inputs, channels, strides, strict=True)
+    dd = {'device': device, 'dtype': dtype}
+    return nn.Sequential(*[ConvNormAct(i, o, 3, stride, act_layer=nn.GELU, **dd) for i, o, stride in sizes])
 
 
 @register_model
@@ -204,6 +220,32 @@ def ait_vit_medium_patch16_224(pretrained: bool = False, **kwargs: Any) -> Assoc
 def ait_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Base that starts as a ViT-B/16, with its logits: each block keeps the ViT's path, retrieval grows from 0."""
     return _create_ait('ait_vit_base_patch16_224', pretrained, **_vit_b16(12, dict(UPCYCLED, **kwargs)))
+
+
+@register_model
+def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
+    """A small AiT in today's style for images of 32x32: depth 3, 2.0 M parameters.
+
+    Convolutions in place of the patches (Xiao et al., https://arxiv.org/abs/2106.14881), positions, the mean of the
+    tokens before the classifier, and a memory for each image, whose slots stay distinct.
+    """
+    stem = _conv_stem(**{name: kwargs[name] for name in ('in_chans', 'device', 'dtype') if name in kwargs})
+    model_args: dict[str, Any] = dict(
+        img_size=32,
+        patch_size=1,  # of the stem's feature map
+        embed_dim=192,
+        depth=3,
+        num_heads=6,
+        mlp_ratio=2,
+        class_token=False,
+        global_pool='avg',
+        embed_layer=partial(HybridEmbed, backbone=stem),
+        write_rule='distinct',
+        write_scope='image',
+        write_heads=4,
+        memory_decay=0.5,
+    )
+    return _create_ait('ait_tiny_conv4_32', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
