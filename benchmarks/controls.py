@@ -1,0 +1,29 @@
+"""Models of the catalogue without their memory, for train.py: what remains is a feed-forward part with a norm after it.
+
+    PYTHONPATH=benchmarks python train.py --config benchmarks/recipes/ait_tiny_conv4_32_cifar10.yaml --data-dir DIR \\
+        --device-modules timm_ait controls --model ait_tiny_conv4_32_no_memory
+"""
+
+from typing import Any
+
+from memory import NoMemory
+from timm.models import register_model
+
+from timm_ait import AssociativeTransformer
+from timm_ait.ait import ait_tiny_conv4_32
+
+
+class WithoutMemory(AssociativeTransformer):
+    """The same blocks, in which nothing is written and nothing is retrieved."""
+
+    workspace_layer = NoMemory
+
+
+@register_model
+def ait_tiny_conv4_32_no_memory(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
+    """The control of ait_tiny_conv4_32. What no token reads is not trained."""
+    model = ait_tiny_conv4_32(pretrained, **dict(kwargs, write_mode='never', model_class=WithoutMemory))
+    for block in model.blocks:
+        block.mlp.linear_transform.requires_grad_(False)
+        block.mlp.scale.requires_grad_(False)
+    return model
