@@ -43,6 +43,8 @@ package.
 `ait_*_patch4_32` and `test_ait` have the paper's layout: a stem that normalises patches, no class token, no position
 embedding, and a classifier that reads all tokens, flattened. `ait_small`, `ait_medium` and `ait_base` have the layout
 of timm's ViT-B/16. `ait_vit_*` compute what a ViT computes, and add the retrieval times a scale that starts at zero.
+`ait_tiny_conv4_32` is no model of the paper: it has a convolutional stem, a position embedding, the mean of the tokens
+before the classifier, and a memory for each image whose slots stay distinct.
 
 {how_counted}
 
@@ -83,8 +85,8 @@ To fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_ba
 - **The slots of a memory become alike.** The write, as published, pulls all of them to one point. In an untrained
   `ait_small_patch4_32` the mean cosine between two slots is 0.75 after 10 batches and 1.0000 after 100
   (`python benchmarks/slots.py --writes 100 --model ait_small_patch4_32`). In `test_ait.cifar10` it is the same. The
-  retrieval then adds the same vector to every token: a bias. Do not say that an accuracy comes from the memory unless
-  `slots.py` and a control without memory show it.
+  retrieval then adds the same vector to every token: a bias. `write_rule='distinct'` keeps them apart. Do not say that
+  an accuracy comes from the memory unless `slots.py` and a control without memory show it.
 - The models are for image classification and for features of images. Fairness, robustness to attacks, and images unlike
   the training data were not measured.
 

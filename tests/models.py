@@ -13,6 +13,7 @@ from timm_ait import AssociativeTransformer
 CLASSES, SIDE = 13, 32
 PAPER = ['ait_small_patch4_32', 'ait_medium_patch4_32', 'ait_base_patch4_32', 'test_ait']
 VIT = ['ait_small', 'ait_medium', 'ait_base']
+CONV = 'ait_tiny_conv4_32'
 SMALL = dict(
     img_size=SIDE, patch_size=8, embed_dim=34, depth=2, num_heads=2, num_classes=CLASSES,
     num_slots=7, slot_dim=5, write_heads=3, bottleneck=11,

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import LAYOUTS, PAPER, SIDE, VIT, assert_same_state, images, make_model, memories, train_step
+from models import CONV, LAYOUTS, PAPER, SIDE, VIT, assert_same_state, images, make_model, memories, train_step
 from torch import Tensor, nn
 
 from timm_ait import AssociativeBlock, GlobalWorkspace, NormalizedPatchEmbed
@@ -17,7 +17,7 @@ from timm_ait import AssociativeBlock, GlobalWorkspace, NormalizedPatchEmbed
 
 
 def test_timm_lists_the_models_of_this_module() -> None:
-    assert {*PAPER, *VIT} <= set(timm.list_models(module='ait'))
+    assert {*PAPER, *VIT, CONV} <= set(timm.list_models(module='ait'))
     assert 'vit_base_patch16_224' not in timm.list_models(module='ait')
 
 
@@ -32,6 +32,29 @@ def test_the_papers_models_have_its_number_of_parameters(name: str, count: int) 
 
 def test_the_test_model_is_small() -> None:
     assert sum(p.numel() for p in timm.create_model('test_ait', device='meta').parameters()) < 1_000_000
+
+
+def test_a_stem_of_convolutions_takes_other_channels_sizes_and_dtypes() -> None:
+    model = timm.create_model(CONV, in_chans=1, img_size=(32, 48), num_classes=5, dtype=torch.float64)
+    assert model.patch_embed.grid_size == (8, 12)
+    assert model.feature_info[0]['reduction'] == 4
+    assert model(images(2, side=32, channels=1).repeat(1, 1, 1, 2)[..., :48].double()).shape == (2, 5)
+    model.set_input_size((64, 64))
+    assert model(images(2, side=64, channels=1).double()).shape == (2, 5)
+    with pytest.raises(ValueError, match=r'expected images of shape \(B, 1, H, W\)'):
+        model(images(2).double())
+
+
+def test_each_model_has_a_stem_of_its_own() -> None:
+    one, two = (timm.create_model(CONV) for _ in range(2))
+    assert one.patch_embed.backbone is not two.patch_embed.backbone
+
+
+@torch.no_grad()
+def test_a_memory_for_each_image_gives_it_the_same_logits_alone() -> None:
+    model = timm.create_model(CONV).eval()
+    x = images(7)
+    torch.testing.assert_close(model(x)[2:3], model(x[2:3]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(('name', 'depth'), list(zip(PAPER[:3] + VIT, (2, 6, 12) * 2, strict=True)))
@@ -74,7 +97,7 @@ def test_the_layouts_are_the_papers_and_that_of_vit_b16(name: str, depth: int) -
     ],
     ids=str,
 )
-@pytest.mark.parametrize('name', [*PAPER, *VIT])
+@pytest.mark.parametrize('name', [*PAPER, *VIT, CONV])
 def test_a_keyword_of_create_model_reaches_every_workspace(name: str, kwargs: dict[str, Any]) -> None:
     model = timm.create_model(name, depth=2, device='meta', **kwargs)
     ((key, value),) = kwargs.items()

@@ -24,6 +24,7 @@ Change = Callable[[nn.Module], Any]
 VIT: dict[str, Any] = dict(class_token=True, pos_embed='learn', global_pool='token', final_norm=True)
 PLAIN: dict[str, Any] = dict(model_name='ait_small', img_size=32, patch_size=8)  # its stem takes other patch sizes
 ASKED: dict[str, Any] = dict(model_name='test_ait_relational')
+CONV: dict[str, Any] = dict(model_name='ait_tiny_conv4_32')
 
 
 def head(num_classes: int, global_pool: str | None = None) -> Change:
@@ -54,6 +55,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     'no classes': (dict(num_classes=0),),
     'any size': (dict(VIT, **PLAIN, dynamic_img_size=True),),
     'question': (dict(ASKED, question_dim=5),),
+    'convolutions': (CONV,),
+    'convolutions, channels': (dict(CONV, in_chans=1),),
     'other classes': ({}, head(7)),
     'classes removed': ({}, head(0)),
     'classes removed and put back': ({}, head(0), head(7)),
@@ -76,6 +79,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     'other image, then classes': ({}, head(0), size(48, 48), head(7)),
     'other image and patch': (dict(VIT, **PLAIN), size(48, 48, patch_size=(4, 4))),
     'other patch': (dict(VIT, **PLAIN), size(patch_size=(8, 16))),
+    'convolutions, other image, classes and pool': (CONV, size(48, 32), head(7, 'flatten')),
     'question, other image': (ASKED, head(0), size(45, 45)),
 }
 

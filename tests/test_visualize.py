@@ -273,6 +273,13 @@ def test_a_model_by_name_takes_a_checkpoint_and_checkpoints_for_drift(run: Path,
     assert torch.equal(visualize.load_model(files[1]).blocks[1].mlp.memory, read_memories(Path(files[1]))[1])
 
 
+def test_a_model_of_one_channel_sees_grey_images(photos: Path) -> None:
+    model = timm.create_model('test_ait', in_chans=1, **ARGS)
+    x = visualize.read_images(photos, model, 2)
+    assert x.shape == (2, 1, SIDE, SIDE)
+    assert visualize.visualize(model, x, pictures=1)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

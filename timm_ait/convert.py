@@ -116,7 +116,8 @@ def _fit(state_dict: StateDict, model: VisionTransformer) -> StateDict:
     own = model.state_dict()
     state_dict = _fit_channels(_fit_positions(state_dict, model), model)
     _check_keys(state_dict, own)
-    _check_shapes(state_dict, own)
+    first_conv = getattr(model, 'pretrained_cfg', {}).get('first_conv', 'patch_embed.proj')
+    _check_shapes(state_dict, own, f'{first_conv}.weight')
     return state_dict
 
 
@@ -243,11 +244,11 @@ def _check_keys(state_dict: StateDict, own: StateDict) -> None:
         )
 
 
-def _check_shapes(state_dict: StateDict, own: StateDict) -> None:
+def _check_shapes(state_dict: StateDict, own: StateDict, first_conv: str) -> None:
     for key, value in state_dict.items():
         if key.startswith('head.') or key not in own or value.shape == own[key].shape:
             continue
-        if key == 'patch_embed.proj.weight' and value.shape[2:] == own[key].shape[2:] and len(value) == len(own[key]):
+        if key == first_conv and value.shape[2:] == own[key].shape[2:] and len(value) == len(own[key]):
             continue  # another number of channels: timm adapts it
         raise ValueError(
             f'{key} has the shape {tuple(value.shape)} in the checkpoint and {tuple(own[key].shape)} in the model; '

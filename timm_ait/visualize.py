@@ -5,6 +5,7 @@ also gives pictures of the training: what the memories did by epoch. The file ne
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -43,9 +44,13 @@ def read_images(folder: Path, model: nn.Module, count: int) -> Tensor:
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
         raise ValueError(f'{folder} holds no images; give a folder with .jpg or .png files, or folders of them')
-    transform = create_transform(**resolve_model_data_config(model))
+    config, mode = resolve_model_data_config(model), 'RGB'
+    if model.in_chans == 1:  # timm's config may still have the numbers of three channels
+        config |= {key: (statistics.mean(config[key]),) for key in ('mean', 'std')}
+        mode = 'L'
+    transform = create_transform(**config)
     chosen = torch.linspace(0, len(paths) - 1, min(count, len(paths))).long().tolist()
-    return torch.stack([transform(default_loader(str(paths[i]))) for i in chosen])
+    return torch.stack([transform(default_loader(str(paths[i])).convert(mode)) for i in chosen])
 
 
 def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
