@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from huggingface_hub import ModelCard
+from photographs import needs_photographs, photographs
 from PIL import Image
 from test_docs import blocks_of
+from timm.data import create_transform, resolve_model_data_config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
+FACTS = json.loads((ROOT / 'benchmarks' / 'results' / 'weights.json').read_text())
 FACT: dict[str, Any] = dict(
     weights='ait_vit_base_patch16_224.sam_in1k',
     data='ImageNet-1k, validation',
@@ -46,6 +50,20 @@ def test_the_card_in_the_repository_is_up_to_date(script: ModuleType) -> None:
     assert script.CARD.read_text() == script.make_card(script.read_facts(script.RESULTS)), (
         'MODEL_CARD.md is out of date: run python benchmarks/model_card.py'
     )
+
+
+@needs_photographs
+@pytest.mark.parametrize(
+    'fact', [fact for fact in FACTS if fact['metric'] == FACT['metric']], ids=lambda fact: fact['weights']
+)
+def test_the_weights_are_as_accurate_on_a_tenth_of_the_test_images(fact: dict[str, Any]) -> None:
+    model = timm.create_model(fact['weights'], pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    images, labels = photographs('test', 100)
+    with torch.inference_mode():
+        predictions = model(torch.stack([transform(image) for image in images])).argmax(dim=-1)
+    accuracy = (predictions == torch.tensor(labels)).float().mean().item()
+    assert abs(100 * accuracy - fact['value']) < 4  # three standard errors
 
 
 def test_check_fails_for_a_card_that_is_out_of_date_and_passes_after_writing_it(

@@ -2,16 +2,14 @@
 
 import copy
 import math
-import tarfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from photographs import needs_photographs, photographs
 from timm.utils import reparameterize_model
 from torch import Tensor
 from torch.func import functional_call
@@ -21,7 +19,6 @@ from torchvision.transforms.functional import pil_to_tensor
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
 from timm_ait.layers import orthogonalise
 
-CIFAR10 = Path(__file__).parents[2] / 'shared' / 'data' / 'cifar10-jpeg.tar.xz'
 B, N, E = 3, 11, 17
 M, D, S, K = 7, 13, 3, 5
 CLASSES = 5
@@ -180,16 +177,11 @@ def test_a_hundred_writes_of_noise_leave_the_slots_distinct_where_the_published_
     assert all(block.mean_cosine > 0.99 for block in memory_report(published, x))
 
 
-@pytest.mark.skipif(not CIFAR10.is_file(), reason=f'no images: there is no file {CIFAR10}')
+@needs_photographs
 @pytest.mark.parametrize('scope', ['batch', 'image'])
 def test_a_hundred_writes_of_photographs_leave_the_slots_distinct(scope: str) -> None:
-    pictures = []
-    with tarfile.open(CIFAR10) as archive:
-        while len(pictures) < 800:
-            member = archive.next()
-            if member.isfile():
-                pictures.append(pil_to_tensor(Image.open(archive.extractfile(member))))
-    x = torch.stack(pictures)[torch.randperm(800, generator=torch.Generator().manual_seed(0))] / 63.75 - 2
+    pictures = torch.stack([pil_to_tensor(image) for image in photographs('train', 80)[0]])
+    x = pictures[torch.randperm(800, generator=torch.Generator().manual_seed(0))] / 63.75 - 2
     torch.manual_seed(0)
     model = timm.create_model('test_ait', write_rule='distinct', write_scope=scope).train()
     with torch.no_grad():
