@@ -223,7 +223,7 @@ def _comparison() -> str:
     """Set the model beside the one without memory and a ViT, once for each setting that was run."""
     parts = []
     for heading, rows in tables.gather(TABLES).items():
-        compared = {row: records for row, records in rows.items() if row in COMPARED}
+        compared = {row: seeds for row, seeds in rows.items() if row in COMPARED}
         if 'ait' in compared and len(compared) > 1:
             parts.append(f'Trained from scratch, {heading}:\n\n{tables.format_table(compared)}')
     return '\n\n'.join(parts)

@@ -25,7 +25,7 @@ import ablations
 import baselines
 import torch
 from loop import Data, OutOfTimeError, Settings, evaluate, fit
-from memory import T, format_gains, gains, interval
+from memory import T, format_gains, gains, interval, top1_of
 from record import write_record
 from torch import nn
 from upcycle import load
@@ -171,52 +171,51 @@ def run(row: str, seed: int, args: argparse.Namespace, data: dict[str, Data], de
     return top1
 
 
-def gather(folder: Path) -> dict[str, dict[str, list[Any]]]:
-    """Results by their settings, as text, then by row."""
-    found: dict[str, dict[str, list[Any]]] = {}
+def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
+    """Results by their settings, as text, then by row, then by seed."""
+    found: dict[str, dict[str, dict[int, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
         record = json.loads(path.read_text())
         arguments = {name: value for name, value in record['arguments'].items() if value not in (None, False)}
         settings = ', '.join(f'{name} {value}' for name, value in arguments.items() if name != 'table')
-        found.setdefault(f'{arguments["table"]}: {settings}', {}).setdefault(record['row'], []).append(record)
+        found.setdefault(f'{arguments["table"]}: {settings}', {}).setdefault(record['row'], {})[record['seed']] = record
     return {key: dict(sorted(rows.items(), key=lambda item: ROWS.index(item[0]))) for key, rows in found.items()}
 
 
-def mean_and_interval(records: list[Any]) -> tuple[float, float]:
+def mean_and_interval(seeds: dict[int, Any]) -> tuple[float, float]:
     """Mean of the test accuracies, and half of its 95 % interval, NaN for one seed."""
-    values = [record['top1'] for record in records]
+    values = list(top1_of(seeds).values())
     if len(values) - 1 > max(T):
         raise ValueError(f'expected at most {max(T) + 1} seeds of a row, got {len(values)}; remove some of the results')
     return statistics.mean(values), interval(values)
 
 
-def format_table(rows: dict[str, list[Any]]) -> str:
+def format_table(rows: dict[str, dict[int, Any]]) -> str:
     """A table in Markdown."""
     lines = [
         '| model | trained parameters, M | seeds | top-1, % | less that of ait | training loss |',
         '|---|---|---|---|---|---|',
     ]
-    top1 = {row: {record['seed']: record['top1'] for record in records} for row, records in rows.items()}
-    for row, records in rows.items():
-        mean, half = mean_and_interval(records)
-        loss = statistics.mean(record['log'][-1]['loss'] for record in records)
-        spread = f' ± {half:.2f}' if len(records) > 1 else ''
-        parameters = records[0]['parameters'] / 1e6
-        less = '' if row == 'ait' else format_gains(gains(top1[row], top1.get('ait', {})))
-        lines.append(f'| {row} | {parameters:.2f} | {len(records)} | {mean:.2f}{spread} | {less} | {loss:.3f} |')
+    for row, seeds in rows.items():
+        mean, half = mean_and_interval(seeds)
+        loss = statistics.mean(record['log'][-1]['loss'] for record in seeds.values())
+        spread = f' ± {half:.2f}' if len(seeds) > 1 else ''
+        parameters = next(iter(seeds.values()))['parameters'] / 1e6
+        less = '' if row == 'ait' else format_gains(gains(top1_of(seeds), top1_of(rows.get('ait', {}))))
+        lines.append(f'| {row} | {parameters:.2f} | {len(seeds)} | {mean:.2f}{spread} | {less} | {loss:.3f} |')
     return '\n'.join(lines)
 
 
-def draw(rows: dict[str, list[Any]], heading: str, path: Path) -> None:
+def draw(rows: dict[str, dict[int, Any]], heading: str, path: Path) -> None:
     """Draw each run as a point, and each mean with its interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.5 + 0.4 * len(rows)), layout='constrained', facecolor='white')
     axes = figure.subplots()
-    for y, records in enumerate(rows.values()):
-        mean, half = mean_and_interval(records)
-        axes.plot([record['top1'] for record in records], [y] * len(records), 'o', color='tab:gray', alpha=0.6)
-        axes.errorbar(mean, y, xerr=half if len(records) > 1 else None, fmt='s', color='tab:blue', capsize=4)
+    for y, seeds in enumerate(rows.values()):
+        mean, half = mean_and_interval(seeds)
+        axes.plot(list(top1_of(seeds).values()), [y] * len(seeds), 'o', color='tab:gray', alpha=0.6)
+        axes.errorbar(mean, y, xerr=half if len(seeds) > 1 else None, fmt='s', color='tab:blue', capsize=4)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axes.set(xlabel='top-1 accuracy, %: each seed, mean and 95 % interval')
