@@ -46,7 +46,7 @@ def checkpoint(tmp_path: Path) -> Path:
     args = argparse.Namespace(
         model='test_ait', num_classes=None, model_kwargs={k: v for k, v in ARGS.items() if k != 'num_classes'}, gp=None,
         img_size=None, in_chans=None, input_size=None, crop_pct=0.9, mean=[0.5, 0.4, 0.3], opt='adamw', lr=1e-3,
-        epochs=3, data_dir='/home/somebody/secret/path', experiment='mine',
+        smoothing=0.0, amp=False, epochs=3, data_dir='/home/somebody/secret/path', experiment='mine',
     )  # fmt: skip
     model, average = make_model(1), make_model(2)
     saver = CheckpointSaver(

@@ -96,6 +96,8 @@ def test_the_recipe_is_a_file_of_its_own_without_what_is_private(checkpoint: Pat
     recipe = yaml.safe_load(text)
     assert {'model': 'test_ait', 'opt': 'adamw', 'lr': 0.001, 'epochs': 3}.items() <= recipe.items()
     assert recipe['model_kwargs']['num_slots'] == 7
+    assert recipe['smoothing'] == 0.0  # where the script would take another value, a zero must be said
+    assert 'amp' not in recipe
     for private in ('somebody', 'mine'):
         assert private not in text
     assert not (hub.export(folder / 'model.safetensors', tmp_path / 'again') / 'args.yaml').exists()

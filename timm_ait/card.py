@@ -22,9 +22,10 @@ __all__ = ['batch_table', 'count_cost', 'default_repo', 'metadata', 'usage', 'wr
 # The arguments of train.py that make a recipe. Paths, names and switches of the machine are private and left out.
 RECIPE = (
     'model model_kwargs pretrained img_size input_size num_classes epochs batch_size world_size '
-    'opt lr opt_betas opt_eps weight_decay layer_decay clip_grad '
-    'sched warmup_epochs warmup_lr cooldown_epochs min_lr grad_accum_steps amp amp_dtype '
-    'scale ratio hflip vflip train_crop_mode color_jitter aa reprob mixup cutmix mixup_off_epoch smoothing '
+    'opt lr opt_betas opt_eps opt_kwargs momentum weight_decay layer_decay clip_grad clip_mode '
+    'sched sched_on_updates warmup_epochs warmup_lr cooldown_epochs min_lr grad_accum_steps amp amp_dtype '
+    'scale ratio hflip vflip train_crop_mode train_interpolation color_jitter aa reprob '
+    'mixup cutmix mixup_prob mixup_switch_prob mixup_off_epoch smoothing '
     'drop drop_path bce_loss model_ema model_ema_decay model_ema_warmup seed'
 ).split()
 ARGUMENTS = 'args.yaml'
@@ -306,5 +307,6 @@ def _comparison(name: str, facts: dict[str, Any], others: dict[str, dict[str, An
 
 def _recipe(args: dict[str, Any]) -> str:
     """Write the arguments of a run that train.py was given, as YAML; '' if they are not of a run."""
-    given = {key: args[key] for key in RECIPE if args.get(key) not in (None, False, '', {}, (), [])}
+    values = {key: args.get(key) for key in RECIPE}
+    given = {key: x for key, x in values.items() if x not in (None, '', {}, (), []) and x is not False}  # but keep 0
     return str(yaml.safe_dump(given, sort_keys=False)) if 'opt' in given else ''
