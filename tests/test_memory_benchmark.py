@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import controls
 import memory
 
 
@@ -47,6 +49,22 @@ def test_no_memory_is_the_layer_norm_of_the_feed_forward_part() -> None:
     layer = memory.NoMemory(5, 7, num_slots=2, slot_dim=3, write_heads=1, write_mode='never')
     x = torch.randn(2, 3, 5)
     torch.testing.assert_close(layer(x), layer.norm(layer.fc2(F.gelu(layer.fc1(x)))))
+
+
+def test_the_control_for_train_py_is_the_model_without_memory() -> None:
+    model = timm.create_model('ait_tiny_conv4_32')
+    control = controls.ait_tiny_conv4_32_no_memory()
+    control.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    control.train()(x).sum().backward()
+    idle = [name for name, p in control.named_parameters() if (p.grad is None) is p.requires_grad]
+    assert not idle  # DistributedDataParallel waits for those that are trained and get no gradient
+    with torch.no_grad():
+        before = control.eval()(x)
+        assert not torch.allclose(model.eval()(x), before)
+        for block in control.blocks:
+            block.mlp.memory.normal_()
+        assert torch.equal(control(x), before)
 
 
 def test_half_an_interval_is_students() -> None:
