@@ -4,14 +4,16 @@ import socket
 from pathlib import Path
 
 import pytest
+import timm
 from hub_child import Child, fingerprint, load
-from hub_models import make_model, sha256
+from hub_models import logits, make_model, sha256
 from hub_server import LoopbackHub
 
 from timm_ait import hub, publish
 from timm_ait.pretrained import HUB_ORGANISATION, WeightsError
 
 TAGS = ('test_ait.one', 'test_ait.two')
+FOLDERS = sorted((Path(__file__).parents[1] / 'benchmarks' / 'weights').glob('*.*'))
 SLUG = 'me/associative-transformer-0123456789abcdef01234567'
 
 
@@ -44,6 +46,13 @@ def listings(weights: Path) -> list[str]:
 
 def uploads(served: LoopbackHub) -> list[str]:
     return [line for line in served.requests if line.startswith('PUT') or '/commit/' in line]
+
+
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+def test_a_folder_of_this_checkout_is_what_its_tag_loads(folder: Path) -> None:
+    by_tag, by_folder = (timm.create_model(name, pretrained=True) for name in (folder.name, f'local-dir:{folder}'))
+    assert fingerprint(by_tag) == fingerprint(by_folder)
+    assert logits(by_tag) == logits(by_folder)
 
 
 def test_all_folders_are_published_once_and_collected(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from timm_ait import format_report, memory_report
 
-MODEL = 'test_ait'
+MODEL = 'ait_tiny_conv4_32'
 CLASSES = 10
 LR, WEIGHT_DECAY, WARMUP_EPOCHS = 2e-3, 0.05, 2
 SCRIPTS = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{version}'
