@@ -26,7 +26,7 @@ from timm_ait import format_report, memory_report
 
 MODEL = 'ait_tiny_conv4_32'
 CLASSES = 10
-LR, WEIGHT_DECAY, WARMUP_EPOCHS = 2e-3, 0.05, 2
+LR, WEIGHT_DECAY, WARMUP_EPOCHS = 1e-3, 0.05, 1
 SCRIPTS = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{version}'
 
 
@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog='python -m timm_ait.demo', description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=Path, default=Path('output/demo'), help='folder for images and checkpoints')
-    parser.add_argument('--epochs', type=int, default=6)
+    parser.add_argument('--epochs', type=int, default=4)
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--workers', type=int, default=1, help='number of processes that load images')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads; 1 gives the same results on every run')
