@@ -227,7 +227,7 @@ def ait_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Associa
 
 @register_model
 def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
-    """A small AiT in today's style for images of 32x32: depth 3, 2.0 M parameters.
+    """A small AiT in today's style for images of 32x32: depth 3, 1.7 M parameters.
 
     Convolutions in place of the patches (Xiao et al., https://arxiv.org/abs/2106.14881), positions, the mean of the
     tokens before the classifier, and a memory for each image, whose slots stay distinct.
