@@ -159,7 +159,5 @@ def test_a_changed_model_is_pushed_by_timm_and_loads_from_the_hub(
     case: str, remote: LoopbackHub, child: Child, hub_cache: Path
 ) -> None:
     repo = f'me/test_ait.{len(case)}'
-    model = make_changed(case)
-    assert child(push_changed, case, repo, given_args(case)) == fingerprint(model)
-    loaded = child(load, f'hf-hub:{repo}', cache_dir=hub_cache)
-    assert loaded['fingerprint'] == fingerprint(model)
+    pushed = child(push_changed, case, repo, given_args(case))
+    assert child(load, f'hf-hub:{repo}', cache_dir=hub_cache)['fingerprint'] == pushed
