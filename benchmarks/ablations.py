@@ -69,14 +69,9 @@ def drop_attention(block: Any) -> None:
     block.norm1, block.attn = nn.Identity(), NoAttention()
 
 
-def drop_transform(block: Any) -> None:
-    """Do not train the linear transform, which nothing reads."""
-    block.mlp.linear_transform.requires_grad_(False)
-
-
 def add_cross_attention(block: Any) -> None:
-    """Put a cross-attention in the place of the linear transform."""
-    drop_transform(block)
+    """Put a cross-attention in the place of the linear transform, which nothing reads then."""
+    block.mlp.linear_transform.requires_grad_(False)
     block.mlp.cross_attention = CrossAttention(block.mlp.in_features, block.mlp.slot_dim, block.mlp.write_heads)
 
 
@@ -102,7 +97,7 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_detached': Ablation('no gradient reaches the write, as in the published code', args=dict(write_grad=False)),
     'ait_no_bottleneck': Ablation('slots attend to all tokens', args=dict(bottleneck=ALL_TOKENS)),
     'ait_no_attention': Ablation('no self-attention', change=drop_attention),
-    'ait_no_memory': Ablation('no memory', NoMemory, dict(write_mode='never'), drop_transform),
+    'ait_no_memory': Ablation('no memory', NoMemory, dict(write_mode='never')),
     'ait_cross_attention': Ablation('cross-attention reads the memory', CrossAttentionRead, {}, add_cross_attention),
     'ait_no_balance': Ablation('no balance loss', args=dict(balance_weight=0.0)),
     'ait_reset': Ablation('the memory starts anew every epoch', ResetMemory),

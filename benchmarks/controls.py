@@ -21,9 +21,5 @@ class WithoutMemory(AssociativeTransformer):
 
 @register_model
 def ait_tiny_conv4_32_no_memory(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
-    """The control of ait_tiny_conv4_32. What no token reads is not trained."""
-    model = ait_tiny_conv4_32(pretrained, **dict(kwargs, write_mode='never', model_class=WithoutMemory))
-    for block in model.blocks:
-        block.mlp.linear_transform.requires_grad_(False)
-        block.mlp.scale.requires_grad_(False)
-    return model
+    """The control of ait_tiny_conv4_32."""
+    return ait_tiny_conv4_32(pretrained, **dict(kwargs, write_mode='never', model_class=WithoutMemory))

@@ -28,7 +28,16 @@ T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2
 
 
 class NoMemory(GlobalWorkspace):
-    """The block without any memory: the LayerNorm on the output of the feed-forward part remains."""
+    """The block without any memory: the LayerNorm on the output of the feed-forward part remains.
+
+    What no token reads is not trained: DistributedDataParallel would wait for it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.linear_transform.requires_grad_(False)
+        if self.scale is not None:
+            self.scale.requires_grad_(False)
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
         """Return ``h``."""

@@ -157,17 +157,9 @@ def _paper(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(model_args, **kwargs)
 
 
-def _conv_stem(
-    channels: tuple[int, ...] = (64, 128, 128, 256),
-    strides: tuple[int, ...] = (1, 2, 1, 2),
-    in_chans: int = 3,
-    device: Any = None,
-    dtype: Any = None,
-) -> nn.Sequential:
-    """Convolutions of 3x3 with norm and GELU: (B, C, H, W) -> (B, 256, H/4, W/4)."""
-    inputs = (in_chans, *channels[:-1])
-    sizes = zip(inputs, channels, strides, strict=True)
-    dd = {'device': device, 'dtype': dtype}
+def _conv_stem(in_chans: int = 3, **dd: Any) -> nn.Sequential:
+    """Convolutions of 3x3 with norm and GELU: (B, C, H, W) -> (B, 256, H/4, W/4). The rest is device and dtype."""
+    sizes = ((in_chans, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2))  # channels in and out, stride
     return nn.Sequential(*[ConvNormAct(i, o, 3, stride, act_layer=nn.GELU, **dd) for i, o, stride in sizes])
 
 
@@ -253,7 +245,7 @@ def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTra
 
 @register_model
 def test_ait(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
-    """The paper's CIFAR model in small, for tests and demos: depth 4, width 128, 0.7 M parameters."""
+    """The paper's CIFAR model in small, for tests: depth 4, width 128, 0.7 M parameters."""
     model_args = dict(
         embed_dim=128,
         num_heads=4,

@@ -8,6 +8,7 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from timm_ait import AssociativeTransformer, RelationalTransformer, drawing
+from timm_ait.card import MODES
 from timm_ait.history import (
     Drift,
     find_checkpoints,
@@ -44,10 +46,10 @@ def read_images(folder: Path, model: nn.Module, count: int) -> Tensor:
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
         raise ValueError(f'{folder} holds no images; give a folder with .jpg or .png files, or folders of them')
-    config, mode = resolve_model_data_config(model), 'RGB'
-    if model.in_chans == 1:  # timm's config may still have the numbers of three channels
+    channels: Any = model.in_chans
+    config, mode = resolve_model_data_config(model), MODES.get(channels, 'RGB')
+    if mode == 'L':  # timm's config may still have the numbers of three channels
         config |= {key: (statistics.mean(config[key]),) for key in ('mean', 'std')}
-        mode = 'L'
     transform = create_transform(**config)
     chosen = torch.linspace(0, len(paths) - 1, min(count, len(paths))).long().tolist()
     return torch.stack([transform(default_loader(str(paths[i])).convert(mode)) for i in chosen])
