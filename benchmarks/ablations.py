@@ -7,7 +7,7 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,10 +93,9 @@ class Ablation:
 
 
 ABLATIONS: dict[str, Ablation] = {
-    'ait': Ablation('nothing: the published rule with a trained write'),
+    'ait': Ablation('the published rule with a trained write'),
     'ait_detached': Ablation('no gradient reaches the write, as in the published code', args=dict(write_grad=False)),
     'ait_no_bottleneck': Ablation('slots attend to all tokens', args=dict(bottleneck=ALL_TOKENS)),
-    'ait_no_attention': Ablation('no self-attention', change=drop_attention),
     'ait_no_memory': Ablation('no memory', NoMemory, dict(write_mode='never')),
     'ait_cross_attention': Ablation('cross-attention reads the memory', CrossAttentionRead, {}, add_cross_attention),
     'ait_no_balance': Ablation('no balance loss', args=dict(balance_weight=0.0)),
@@ -104,6 +103,12 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_frozen': Ablation('orthogonal slots that nothing writes', OrthogonalMemory, dict(write_mode='never')),
     'ait_distinct': Ablation('a write that leaves the slots distinct', args=dict(write_rule='distinct')),
     'ait_image': Ablation('the same, for each image', args=IMAGE),
+}
+ABLATIONS |= {
+    f'ait_no_attention{name.removeprefix("ait")}': replace(
+        ABLATIONS[name], text=f'no self-attention; {ABLATIONS[name].text}', change=drop_attention
+    )
+    for name in ('ait', 'ait_no_memory', 'ait_frozen', 'ait_distinct', 'ait_image')
 }
 NAMES = (*ABLATIONS, REGISTERS)
 

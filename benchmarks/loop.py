@@ -18,6 +18,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 # Either tensors: images (N, 3, H, W) first, labels (N,) last, and other inputs of the model between them. Or a data set
@@ -66,6 +68,18 @@ class Settings:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     seed: int = 0
     bfloat16: bool = False
+
+
+def load(folder: Path, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Read the images ``first`` to ``first + count`` of every class: uint8 (N, 3, 32, 32) and labels (N,)."""
+    dataset = ImageFolder(str(folder))
+    samples: dict[int, list[str]] = {}
+    for path, label in dataset.samples:
+        samples.setdefault(label, []).append(path)
+    chosen = [(path, label) for label, paths in samples.items() for path in paths[first : first + count]]
+    paths = tqdm([path for path, _ in chosen], desc=f'reading {folder.name}', disable=None)
+    images = torch.stack([pil_to_tensor(dataset.loader(path)) for path in paths])
+    return images, torch.tensor([label for _, label in chosen])
 
 
 class OutOfTimeError(Exception):

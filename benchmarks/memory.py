@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loop import Settings, evaluate, fit
+from loop import Settings, evaluate, fit, load
 from record import write_record
 from torch import Tensor, nn
-from upcycle import load
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
 

@@ -24,11 +24,10 @@ from typing import Any
 import ablations
 import baselines
 import torch
-from loop import Data, OutOfTimeError, Settings, evaluate, fit
+from loop import Data, OutOfTimeError, Settings, evaluate, fit, load
 from memory import T, format_gains, gains, interval, top1_of
 from record import write_record
 from torch import nn
-from upcycle import load
 
 from timm_ait.datasets import AssociativeRecall, SortOfClevr, Triangle
 from timm_ait.sort_of_clevr import KINDS

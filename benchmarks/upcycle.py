@@ -1,8 +1,8 @@
 """Is an AiT that starts from the weights of a ViT as good a start as the ViT itself?
 
-Trains a small ViT on one part of the images. Then fine-tunes it on another part, once as it is and once as the AiT that
-computes what the ViT computes. Both see the same batches, with the same learning rate, for several seeds. The accuracy
-is that on the test images.
+Trains a small ViT on one part of the images. Then fine-tunes it on another part, once as it is and once as each of the
+AiTs that compute what the ViT computes: with the published memory, with distinct slots, and with a memory for each
+image. All see the same batches, with the same learning rate, for several seeds. Accuracies are those of test images.
 
     python benchmarks/upcycle.py DIR --out benchmarks/results    (DIR/train/<class>/*, DIR/test/<class>/*)
 """
@@ -17,31 +17,23 @@ from typing import Any
 
 import timm
 import torch
-from loop import Settings, evaluate, fit
+from loop import Settings, evaluate, fit, load
+from memory import IMAGE
 from record import write_record
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
 import timm_ait  # noqa: F401  registers the models
 
 SHAPE: dict[str, Any] = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=10)
-STARTS = {'vit': 'vit_base_patch16_224', 'ait': 'ait_vit_base_patch16_224'}
+AIT = 'ait_vit_base_patch16_224'
+STARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    'vit': ('vit_base_patch16_224', {}),
+    'ait': (AIT, {}),
+    'ait_distinct': (AIT, dict(write_rule='distinct')),
+    'ait_image': (AIT, IMAGE),
+}
 Images = tuple[Tensor, Tensor]
-
-
-def load(folder: Path, first: int, count: int) -> Images:
-    """Read the images ``first`` to ``first + count`` of every class: uint8 (N, 3, 32, 32) and labels (N,)."""
-    dataset = ImageFolder(str(folder))
-    samples: dict[int, list[str]] = {}
-    for path, label in dataset.samples:
-        samples.setdefault(label, []).append(path)
-    chosen = [(path, label) for label, paths in samples.items() for path in paths[first : first + count]]
-    paths = tqdm([path for path, _ in chosen], desc=f'reading {folder.name}', disable=None)
-    images = torch.stack([pil_to_tensor(dataset.loader(path)) for path in paths])
-    return images, torch.tensor([label for _, label in chosen])
 
 
 def compare(first: Images, second: Images, test: Images, args: argparse.Namespace) -> dict[str, Any]:
@@ -51,7 +43,7 @@ def compare(first: Images, second: Images, test: Images, args: argparse.Namespac
         for lr, epochs in zip((1e-3, 3e-4), args.epochs, strict=True)
     )
     torch.manual_seed(0)
-    vit = timm.create_model(STARTS['vit'], **SHAPE)
+    vit = timm.create_model(STARTS['vit'][0], **SHAPE)
     fit(vit, first, pretrain, name='ViT')
     results: dict[str, Any] = {'vit': evaluate(vit, test, pretrain), 'finetuned': {name: [] for name in STARTS}}
     with tempfile.TemporaryDirectory() as folder:
@@ -59,9 +51,9 @@ def compare(first: Images, second: Images, test: Images, args: argparse.Namespac
         save_file(vit.state_dict(), weights)
         overlay = dict(file=str(weights), num_classes=SHAPE['num_classes'])
         for seed in range(1, args.seeds + 1):
-            for name, entry in STARTS.items():
+            for name, (entry, memory) in STARTS.items():
                 torch.manual_seed(seed)
-                model = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, **SHAPE)
+                model = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, **SHAPE, **memory)
                 results.setdefault(f'{name} at the start', evaluate(model, test, finetune))
                 fit(model, second, replace(finetune, seed=seed), name=f'{name}, seed {seed}')
                 results['finetuned'][name].append(evaluate(model, test, finetune))

@@ -80,7 +80,7 @@ def test_stem_and_head_are_those_of_the_baselines(question_dim: int, head: str) 
 
 @pytest.mark.parametrize('name', ablations.ABLATIONS)
 def test_the_memory_moves_in_training_unless_it_is_frozen_or_absent(name: str) -> None:
-    assert memory_moves(tiny(name)) == (name not in ('ait_frozen', 'ait_no_memory'))
+    assert memory_moves(tiny(name)) == (not name.endswith(('_frozen', '_no_memory')))
 
 
 def test_a_detached_write_gets_no_gradient_of_the_task() -> None:
@@ -99,8 +99,9 @@ def test_without_bottleneck_every_slot_reads_every_token() -> None:
         assert (selection.gates > 0).sum(dim=-1).unique().tolist() == [count]
 
 
-@pytest.mark.parametrize(('name', 'mixes'), [('ait', True), ('ait_no_attention', False), ('ait_no_memory', True)])
-def test_in_evaluation_only_self_attention_mixes_tokens(name: str, mixes: bool) -> None:
+@pytest.mark.parametrize('name', ablations.ABLATIONS)
+def test_in_evaluation_only_self_attention_and_a_memory_of_the_image_mix_tokens(name: str) -> None:
+    mixes = 'no_attention' not in name or name.endswith('_image')
     model = tiny(name).eval()
     changed = images()
     changed[:, :, :PATCH, :PATCH] *= -1  # the first patch
@@ -109,10 +110,10 @@ def test_in_evaluation_only_self_attention_mixes_tokens(name: str, mixes: bool) 
     assert (difference[1:] > 1e-5).all() if mixes else (difference[1:] < 1e-6).all()
 
 
-def test_in_training_the_memory_alone_mixes_tokens_where_there_is_no_self_attention() -> None:
+def test_in_training_a_memory_of_the_batch_alone_mixes_images() -> None:
     changed = images()
     changed[0] *= -1
-    for name, mixes in {'ait_no_attention': True, 'ait_no_memory': False}.items():
+    for name, mixes in {'ait_no_attention': True, 'ait_no_memory': False, 'ait_no_attention_image': False}.items():
         first, second = (tiny(name).forward_features(x)[1:] for x in (images(), changed))  # of the other images
         assert ((first - second).abs().max() > 1e-6) == mixes, name
 
