@@ -113,6 +113,12 @@ ABLATIONS |= {
 NAMES = (*ABLATIONS, REGISTERS)
 
 
+def without_memory(name: str) -> str | None:
+    """Name of the model that has no memory and is the same in all else; None if there is none."""
+    control = 'ait_no_attention_no_memory' if name.startswith('ait_no_attention') else 'ait_no_memory'
+    return control if name in ABLATIONS and name != control else None
+
+
 def create(
     name: str,
     img_size: int = 32,

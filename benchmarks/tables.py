@@ -189,19 +189,22 @@ def mean_and_interval(seeds: dict[int, Any]) -> tuple[float, float]:
     return statistics.mean(values), interval(values)
 
 
+def less(row: str, control: str | None, rows: dict[str, dict[int, Any]]) -> str:
+    """The accuracy of a row less that of another over the seeds that both have; '' if there are none."""
+    return '' if control in (None, row) else format_gains(gains(top1_of(rows[row]), top1_of(rows.get(control, {}))))
+
+
 def format_table(rows: dict[str, dict[int, Any]]) -> str:
-    """A table in Markdown."""
-    lines = [
-        '| model | trained parameters, M | seeds | top-1, % | less that of ait | training loss |',
-        '|---|---|---|---|---|---|',
-    ]
+    """A table in Markdown. The differences are those to ait, and to the same model without memory."""
+    heading = '| model | trained parameters, M | seeds | top-1, % | less that of ait | less that of no memory '
+    lines = [f'{heading}| training loss |', '|---|---|---|---|---|---|---|']
     for row, seeds in rows.items():
         mean, half = mean_and_interval(seeds)
         loss = statistics.mean(record['log'][-1]['loss'] for record in seeds.values())
         spread = f' ± {half:.2f}' if len(seeds) > 1 else ''
         parameters = next(iter(seeds.values()))['parameters'] / 1e6
-        less = '' if row == 'ait' else format_gains(gains(top1_of(seeds), top1_of(rows.get('ait', {}))))
-        lines.append(f'| {row} | {parameters:.2f} | {len(seeds)} | {mean:.2f}{spread} | {less} | {loss:.3f} |')
+        differences = f'{less(row, "ait", rows)} | {less(row, ablations.without_memory(row), rows)}'
+        lines.append(f'| {row} | {parameters:.2f} | {len(seeds)} | {mean:.2f}{spread} | {differences} | {loss:.3f} |')
     return '\n'.join(lines)
 
 

@@ -203,6 +203,16 @@ def test_the_table_lists_all_models(capsys: pytest.CaptureFixture[str], monkeypa
     assert rows == list(ablations.NAMES)
 
 
+def test_the_control_without_memory_differs_in_the_memory_alone() -> None:
+    for name in ablations.NAMES:
+        control = ablations.without_memory(name)
+        if name == ablations.REGISTERS or name.endswith('_no_memory'):
+            assert control is None
+        else:
+            assert ablations.ABLATIONS[control].layer is ablations.NoMemory
+            assert ('no_attention' in name) == ('no_attention' in control)
+
+
 def test_a_wrong_name_or_head_is_named() -> None:
     with pytest.raises(ValueError, match=r"expected a name out of .*'ait_reset'.*, got 'ait_base'"):
         ablations.create('ait_base')

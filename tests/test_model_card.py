@@ -139,7 +139,7 @@ def test_only_models_that_were_run_with_the_same_settings_are_compared(
     card = script.make_card([FACT])
     assert card.count('Trained from scratch') == 1
     assert 'Trained from scratch, cifar10: epochs 5:' in card
-    assert '| ait | 2.00 | 1 | 17.50 |  | 0.500 |\n| vit_small | 2.00 | 1 | 17.50 | +0.00 | 0.500 |\n\n' in card
+    assert '| ait | 2.00 | 1 | 17.50 |  |  | 0.500 |\n| vit_small | 2.00 | 1 | 17.50 | +0.00 |  | 0.500 |\n\n' in card
 
 
 def test_the_accuracy_at_each_batch_size_is_on_the_card_with_its_command(
