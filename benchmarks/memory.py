@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from loop import Settings, evaluate, fit, load
 from record import write_record
 from torch import Tensor, nn
@@ -52,6 +53,16 @@ class WideGain(GlobalWorkspace):
         nn.init.constant_(self.scale, self.slot_dim**0.5)
 
 
+class WholeCopy(GlobalWorkspace):
+    """A copy keeps what all its slots have read alike; only the memory that starts every copy is orthogonalised."""
+
+    def update(self, memory: Tensor, heads: Tensor) -> Tensor:
+        """The rule 'distinct' without centring and orthogonalisation: (M, D), (B, S, M, D) -> (B, M, D)."""
+        update = self.write_norm(self.proj(heads.transpose(-3, -2).flatten(-2)) + memory)
+        new = torch.lerp(memory.expand_as(update), F.normalize(update, dim=-1), 1 - self.memory_decay)
+        return F.normalize(new, dim=-1)
+
+
 class NoAttention(nn.Module):
     """In the place of self-attention: nothing."""
 
@@ -72,6 +83,7 @@ VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
     'distinct': (GlobalWorkspace, dict(write_rule='distinct')),
     'distinct_wide': (WideGain, dict(write_rule='distinct')),
     'image': (GlobalWorkspace, IMAGE),
+    'image_whole': (WholeCopy, IMAGE),
     'image_wide': (WideGain, IMAGE),
     'image_wide_detached': (WideGain, dict(IMAGE, write_grad=False)),
 }
