@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
+from timm_ait import GlobalWorkspace
+
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import controls
 import memory
@@ -65,6 +67,20 @@ def test_the_control_for_train_py_is_the_model_without_memory() -> None:
         for block in control.blocks:
             block.mlp.memory.normal_()
         assert torch.equal(control(x), before)
+
+
+def test_a_whole_copy_keeps_what_all_slots_read_alike_and_the_memory_that_starts_it_stays_orthogonal() -> None:
+    torch.manual_seed(0)
+    layers = [
+        cls(8, num_slots=4, slot_dim=6, write_heads=2, **memory.IMAGE) for cls in (memory.WholeCopy, GlobalWorkspace)
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    alike = torch.randn(3, 2, 1, 6).expand(-1, -1, 4, -1)  # what the slots of three images read
+    whole, distinct = (layer.update(layer.memory, alike) for layer in layers)
+    assert (whole[0] - whole[1]).norm() > 0.1
+    torch.testing.assert_close(distinct[0], distinct[1])
+    layers[0].train()(torch.randn(3, 5, 8))
+    torch.testing.assert_close(layers[0].memory @ layers[0].memory.t(), torch.eye(4), atol=0.05, rtol=0)
 
 
 def test_half_an_interval_is_students() -> None:
