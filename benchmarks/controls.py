@@ -10,13 +10,19 @@ from memory import NoMemory
 from timm.models import register_model
 
 from timm_ait import AssociativeTransformer
-from timm_ait.ait import ait_tiny_conv4_32
+from timm_ait.ait import ait_small_patch4_32, ait_tiny_conv4_32
 
 
 class WithoutMemory(AssociativeTransformer):
     """The same blocks, in which nothing is written and nothing is retrieved."""
 
     workspace_layer = NoMemory
+
+
+@register_model
+def ait_small_patch4_32_no_memory(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
+    """The control of ait_small_patch4_32."""
+    return ait_small_patch4_32(pretrained, **dict(kwargs, write_mode='never', model_class=WithoutMemory))
 
 
 @register_model

@@ -26,6 +26,7 @@ def merge_ranks(heads: Tensor, lse: Tensor) -> Tensor:
     Returns:
         (S, M, D), the same on all ranks; NaN if no rank's is finite.
     """
+    lse = lse.where(heads.sum().isfinite(), -torch.inf)  # no weight, where a token of this rank is not finite
     local = torch.cat([heads, lse.unsqueeze(-1)], dim=-1)  # (S, M, D + 1)
     ranks = local.new_empty(dist.get_world_size() * len(local), *local.shape[1:])
     dist.all_gather_into_tensor(ranks, local)

@@ -117,15 +117,10 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
     if num_tokens == 1:
         return gates.new_zeros(())
 
-    def per_token(share: Tensor) -> Tensor:  # (..., S, M, k) -> (..., S, T), never (..., S, M, T)
-        zeros = share.new_zeros(*share.shape[:-2], num_tokens)
-        return zeros.scatter_add(-1, tokens.flatten(-2), share.flatten(-2))
-
-    def cv_squared(x: Tensor) -> Tensor:
-        return x.var(dim=-1) / (x.mean(dim=-1).square() + 1e-10)
-
-    variation = cv_squared(per_token(gates)) + cv_squared(per_token((gates > 0).to(gates.dtype)))  # (..., S)
-    return variation.sum(dim=-1).mean()
+    shares = torch.stack((gates, (gates > 0).to(gates.dtype))).flatten(-2)  # (2, ..., S, M, k) -> (2, ..., S, M*k)
+    zeros = shares.new_zeros(*shares.shape[:-1], num_tokens)
+    variance, mean = torch.var_mean(zeros.scatter_add(-1, tokens.flatten(-2).expand_as(shares), shares), dim=-1)
+    return (variance / (mean.square() + 1e-10)).sum(dim=(0, -1)).mean()  # (2, ..., S) -> (...) -> ()
 
 
 class _TopLogits(Function):
@@ -138,11 +133,14 @@ class _TopLogits(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         queries, tokens, _ = inputs
+        ctx.set_materialize_grads(False)  # indices have none
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(queries, tokens, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
         queries, tokens, selected = ctx.saved_tensors
         needs_queries, needs_tokens, _ = ctx.needs_input_grad
         narrow = grad.to(tokens.dtype)

@@ -37,7 +37,7 @@ class MemoryWrite(NamedTuple):
         memory: (..., M, D) the memory after the write; without graph unless ``write_grad``.
         balance_loss: () the weighted balance loss of this write, differentiable.
         before: (M, D) the memory before the write.
-        heads: (..., S, M, D) what each head has read for each slot, without graph; NaN where a token is not finite.
+        heads: (..., S, M, D) what each head has read for each slot, without graph.
         lse: (..., S, M) log-sum-exp of the logits behind ``heads``: their weight beside those of other ranks.
     """
 
@@ -206,15 +206,14 @@ class GlobalWorkspace(nn.Module):
         keys, values = self._project(h)
         with without_autocast(h):  # softmax and EWMA stay in float32, and the logits where `top_logits` can
             selection = self.select(memory, h, keys)
-            loss = selection.gates.new_zeros(())
             if self.balance_weight > 0 and self.is_writing():
                 loss = self.balance_weight * load_balance_loss(selection, num_tokens=h.shape[-2])
+            else:
+                loss = selection.gates.new_zeros(())
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.write_grad):
                 heads = self.attend(selection, h, values)
-                is_finite = heads.detach().sum(dim=(-3, -2, -1), keepdim=True).isfinite()  # (..., 1, 1, 1)
-                heads = heads.where(is_finite, torch.nan)
                 new = self.update(memory, heads)
-        return MemoryWrite(new, loss, memory, heads.detach(), selection.lse.where(is_finite.squeeze(-1), -torch.inf))
+        return MemoryWrite(new, loss, memory, heads.detach(), selection.lse)
 
     def _project(self, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values (..., T, S*D) of the tokens; None where W_K and W_V can be folded into other products."""
@@ -289,7 +288,8 @@ class GlobalWorkspace(nn.Module):
         # attention does elsewhere. `convert.py` permutes their columns.
         update = call_wide(self.proj, heads.transpose(-3, -2).flatten(-2))  # (..., M, S*D) -> (..., M, D)
         new = self._average(memory, call_wide(self.write_norm, update + memory))
-        return torch.where(new.detach().sum(dim=(-2, -1), keepdim=True).isfinite(), new, memory)
+        # Division by their length has made NaN of rows that were not finite.
+        return torch.where(new.detach().sum(dim=(-2, -1), keepdim=True).isnan(), memory, new)
 
     def _centre(self, heads: Tensor) -> Tensor:
         """Remove from ``heads`` (..., S, M, D) what all slots read alike, where the rule says so."""
