@@ -128,19 +128,17 @@ class _TopLogits(Function):
     def forward(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
         dtype = queries.dtype if tokens.device.type == 'cpu' else tokens.dtype
         logits, selected = (queries.to(dtype) @ tokens.to(dtype).t()).topk(k, dim=-1, sorted=False)
-        return logits.to(queries.dtype), selected
+        # NOTE compiled by torch 2.11, an output of `to` that had nothing to do would lose its gradient
+        return logits if dtype == queries.dtype else logits.to(queries.dtype), selected
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         queries, tokens, _ = inputs
-        ctx.set_materialize_grads(False)  # indices have none
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(queries, tokens, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None
         queries, tokens, selected = ctx.saved_tensors
         needs_queries, needs_tokens, _ = ctx.needs_input_grad
         narrow = grad.to(tokens.dtype)
