@@ -60,10 +60,10 @@ def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:
     Each step ``X <- 1.5 X - 0.5 X X^T X`` brings the singular values nearer to 1. More than D slots of width D cannot
     be orthogonal: they become evenly spread.
     """
-    gram = torch.matmul(slots, slots.transpose(-2, -1))
+    x = slots.reshape(-1, slots.shape[-2], slots.shape[-1])  # (B, M, D), for products and sums in one operation
+    gram = torch.bmm(x, x.transpose(1, 2))
     bound = gram.abs().sum(dim=-1).amax(dim=-1).clamp_min(1).sqrt()  # of the largest singular value
-    slots = slots / bound.unsqueeze(-1).unsqueeze(-1)
+    x = x / bound.unsqueeze(-1).unsqueeze(-1)
     for _ in range(steps):
-        gram = torch.matmul(slots, slots.transpose(-2, -1))
-        slots = 1.5 * slots - 0.5 * torch.matmul(gram, slots)
-    return F.normalize(slots, dim=-1)
+        x = torch.baddbmm(x, torch.bmm(x, x.transpose(1, 2)), x, beta=1.5, alpha=-0.5)
+    return F.normalize(x, dim=-1).view(slots.shape)
