@@ -154,7 +154,8 @@ def compiled(what: str, backend: str) -> Step:
 
 
 NEEDS_NEW_DYNAMO = pytest.mark.skipif(
-    torch.__version__.startswith('2.9.'), reason='torch.compile of 2.9 ends in a RecursionError for a tracked input'
+    tuple(map(int, torch.__version__.split('.')[:2])) < (2, 13),
+    reason='torch.compile of 2.9, 2.11 and 2.12 ends in an error for a tracked input',
 )
 
 

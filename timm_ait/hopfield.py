@@ -41,14 +41,13 @@ class HopfieldRetrieval(nn.Module):
             As ``base``.
         """
         state = h if attractors.ndim == 3 else h.flatten(0, -2)  # (B, N, E) -> (B*N, E), one product for all images
-        keys = (attractors if self.beta == 1 else self.beta * attractors).transpose(
-            -2, -1
-        )  # (..., M, E) -> (..., E, M)
+        patterns = attractors if self.beta == 1 else self.beta * attractors
+        keys = patterns.transpose(-2, -1)  # (..., M, E) -> (..., E, M)
         for _ in range(self.steps - 1):
             state = torch.matmul(self.softmax(torch.matmul(state, keys)), attractors)
         shares = self.softmax(torch.matmul(state, keys))  # (..., T, M)
         if scale is not None:
-            attractors = attractors * scale
+            attractors = attractors * scale.to(attractors.dtype)
         shares = shares.to(attractors.dtype)
         if attractors.ndim == 3:
             return torch.baddbmm(base, shares, attractors)
