@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import speed
 from contenders import LoopedWorkspace, vit_like
 from measure import Row, Side, compare_bytes, peak_bytes, table, time_sides
+from memory import IMAGE
 
 B, N, E, HIDDEN = 7, 11, 17, 19
 T = B * N
@@ -201,3 +202,13 @@ def test_training_takes_at_most_10_percent_more_memory_than_a_vit(write_grad: bo
     sides = tuple(partial(training_step, build, checkpointing) for build in (ait, lambda: vit_like(ait())))
     row = compare_bytes('peak', sides, peak_bytes)
     assert row.ratio <= 1.10, row
+
+
+@pytest.mark.parametrize(('kwargs', 'most'), [({}, 355), (IMAGE, 700)], ids=['published', 'image'])
+def test_a_training_step_of_a_layer_starts_few_operations(kwargs: dict[str, Any], most: int) -> None:
+    """On a GPU their number, not their work, sets the pace of small batches. Views count here too."""
+    layer, x = GlobalWorkspace(64, 64, **kwargs).train(), torch.randn(2, 16, 64, requires_grad=True)
+    for _ in range(2):
+        with Recorder() as recorder, torch.autocast('cpu', torch.bfloat16):
+            layer(x).sum().backward()
+    assert len(recorder.names) <= most
