@@ -22,7 +22,7 @@ RECIPES = sorted((Path(__file__).parents[1] / 'benchmarks' / 'recipes').glob('*.
 CLASSES = 3
 TOY = ['--num-classes', str(CLASSES), '--train-split', 'train', '--val-split', 'test', '--device', 'cpu']
 TOY += ['--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--workers', '1', '--batch-size', '12']
-TOY += ['--validation-batch-size', '16', '--opt', 'adamw', '--lr', '1e-3']
+TOY += ['--validation-batch-size', '16', '--lr', '1e-3']
 
 pytestmark = pytest.mark.skipif(
     not Path(CHECKOUT, 'train.py').is_file(), reason='TIMM_CHECKOUT must be a checkout of timm with train.py'
@@ -57,7 +57,8 @@ def run(bench: Path, *args: str) -> str:
 def train(bench: Path, name: str, *args: str) -> tuple[str, Path]:
     shutil.rmtree(bench / 'output' / name, ignore_errors=True)
     common = ['--data-dir', 'data', '--output', 'output', '--experiment', name]
-    log = run(bench, 'train.py', '--device-modules', 'timm_ait', '--model', 'test_ait', *TOY, *common, *args)
+    common += ['--device-modules', 'timm_ait', '--model', 'test_ait', '--opt', 'adamw']
+    log = run(bench, 'train.py', *TOY, *common, *args)
     return log, bench / 'output' / name
 
 
