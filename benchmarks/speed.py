@@ -206,17 +206,15 @@ def time_with(args: Args) -> Callable[..., Row]:
     return partial(time_sides, rounds=args.rounds, seconds=turn, threads=args.threads, compiled=args.compile)
 
 
-def measure(cases: list[Case]) -> list[Row]:
-    """Measure all cases. Leave out those that do not fit in memory."""
-    rows = []
+def measure(cases: list[Case]) -> Iterator[Row]:
+    """Measure one case after the other. Leave out those that do not fit in memory."""
     for name, run in (progress := tqdm(cases)):
         progress.set_postfix_str(name)
         try:
-            rows.append(run(name))
+            yield run(name)
         except torch.OutOfMemoryError:
             tqdm.write(f'left out, because it does not fit in memory: {name}')
         release()
-    return rows
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -244,15 +242,19 @@ def parse(argv: list[str] | None = None) -> Args:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print the table and write numbers and picture."""
+    """Measure, print the table and write numbers and picture. Each row is written when it is there: a stop keeps it."""
     args = parse(argv)
     torch.manual_seed(0)
     keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []
-    rows = measure([*model_cases(args), *depth, *workspace_cases(args), *image_cases(args)])
-    print(table(rows, args.peak_tflops))
     stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
-    record = write_record(stem.with_suffix('.json'), vars(args), {'rows': [asdict(row) for row in rows]})
+    rows: list[Row] = []
+    write = partial(write_record, stem.with_suffix('.json'), vars(args))
+    record = write({'rows': []})
+    for row in measure([*model_cases(args), *depth, *workspace_cases(args), *image_cases(args)]):
+        rows.append(row)
+        record = write({'rows': [asdict(row) for row in rows]})
+    print(table(rows, args.peak_tflops))
     title = f'{record["gpu"] if args.device == "cuda" else record["cpu"]}, {stem.name}, {record["commit"]}'
     draw(rows, title).savefig(stem.with_suffix('.png'), dpi=120)
 

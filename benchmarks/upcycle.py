@@ -3,11 +3,13 @@
 Trains a small ViT on one part of the images. Then fine-tunes it on another part, once as it is and once as each of the
 AiTs that compute what the ViT computes: with the published memory, with distinct slots, and with a memory for each
 image. All see the same batches, with the same learning rate, for several seeds. Accuracies are those of test images.
+Call again after a stop: each training goes on from its checkpoint, until the result is written.
 
     python benchmarks/upcycle.py DIR --out benchmarks/results    (DIR/train/<class>/*, DIR/test/<class>/*)
 """
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -44,7 +46,7 @@ def compare(first: Images, second: Images, test: Images, args: argparse.Namespac
     )
     torch.manual_seed(0)
     vit = timm.create_model(STARTS['vit'][0], **SHAPE)
-    fit(vit, first, pretrain, name='ViT')
+    fit(vit, first, pretrain, args.out / 'checkpoints' / 'vit.pt', name='ViT')
     results: dict[str, Any] = {'vit': evaluate(vit, test, pretrain), 'finetuned': {name: [] for name in STARTS}}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, 'vit.safetensors')
@@ -54,8 +56,10 @@ def compare(first: Images, second: Images, test: Images, args: argparse.Namespac
             for name, (entry, memory) in STARTS.items():
                 torch.manual_seed(seed)
                 model = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, **SHAPE, **memory)
-                results.setdefault(f'{name} at the start', evaluate(model, test, finetune))
-                fit(model, second, replace(finetune, seed=seed), name=f'{name}, seed {seed}')
+                if seed == 1:
+                    results[f'{name} at the start'] = evaluate(model, test, finetune)
+                checkpoint = args.out / 'checkpoints' / f'{name}-{seed}.pt'
+                fit(model, second, replace(finetune, seed=seed), checkpoint, name=f'{name}, seed {seed}')
                 results['finetuned'][name].append(evaluate(model, test, finetune))
     return results
 
@@ -83,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f'{name}: {statistics.mean(values):.2f} % ({", ".join(f"{x:.2f}" for x in values)})')
     arguments = {key: value for key, value in vars(args).items() if key != 'data'}
     write_record(args.out / 'upcycle.json', arguments, {**results, 'seconds': round(time.monotonic() - start)})
+    shutil.rmtree(args.out / 'checkpoints')
 
 
 if __name__ == '__main__':

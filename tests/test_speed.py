@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -91,6 +92,19 @@ def test_the_benchmark_writes_every_row_of_the_table(measured: Path) -> None:
         assert len(row['ours']) == len(row['theirs']) == (1 if row['unit'] == 'bytes' else 2)
     assert {'cpu', 'torch', 'timm', 'commit', 'arguments'} <= record.keys()
     assert (measured / 'speed-cpu-float32.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_stop_keeps_the_rows_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row('cost', 'seconds', 1.5, False, ours=[2.0], theirs=[1.0], flops=[1.0, 1.0])
+    cases = [
+        ('cost', lambda name: row),
+        ('too large', Mock(side_effect=torch.OutOfMemoryError)),
+        ('cut', Mock(side_effect=KeyboardInterrupt)),
+    ]
+    monkeypatch.setattr(speed, 'model_cases', lambda args: cases)
+    with pytest.raises(KeyboardInterrupt):
+        speed.main(['--quick', '--rows', 'inference', '--out', str(tmp_path)])
+    assert [row['name'] for row in json.loads((tmp_path / 'speed-cpu-float32.json').read_text())['rows']] == ['cost']
 
 
 def test_the_ratio_of_a_row_is_the_median_of_its_rounds_and_is_compared_with_its_goal() -> None:

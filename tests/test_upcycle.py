@@ -3,8 +3,10 @@
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -200,7 +202,9 @@ def test_the_file_of_a_vit_must_have_the_hash_of_the_hub(vit_hub: LoopbackHub, c
     assert not blobs(tmp_path)
 
 
-def test_the_comparison_with_the_vit_runs_and_records_all(tmp_path: Path) -> None:
+def test_the_comparison_with_the_vit_records_all_and_goes_on_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for split, count in (('train', 3), ('test', 2)):
         for label in range(10):
             (tmp_path / split / str(label)).mkdir(parents=True)
@@ -208,8 +212,19 @@ def test_the_comparison_with_the_vit_runs_and_records_all(tmp_path: Path) -> Non
                 to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / split / str(label) / f'{i}.png')
     sizes = {'--pretrain-images': 2, '--finetune-images': 1, '--test-images': 2, '--batch-size': 5, '--seeds': 2}
     args = [str(x) for pair in sizes.items() for x in pair]
-    upcycle.main([str(tmp_path), '--out', str(tmp_path / 'out'), '--epochs', '1', '1', '--threads', '1', *args])
+    run = partial(
+        upcycle.main, [str(tmp_path), '--epochs', '1', '1', '--threads', '1', *args, '--out', str(tmp_path / 'out')]
+    )
+    run()
     record = json.loads((tmp_path / 'out' / 'upcycle.json').read_text())
+    assert not (tmp_path / 'out' / 'checkpoints').exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(upcycle, 'evaluate', Mock(side_effect=[0.0, 0.0, 0.0, KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert {path.stem for path in (tmp_path / 'out' / 'checkpoints').iterdir()} == {'vit', 'vit-1'}
+    run()
+    assert json.loads((tmp_path / 'out' / 'upcycle.json').read_text())['finetuned'] == record['finetuned']
     assert {record[f'{name} at the start'] for name in upcycle.STARTS} == {record['vit']}  # what the ViT computes
     assert {name: len(values) for name, values in record['finetuned'].items()} == dict.fromkeys(upcycle.STARTS, 2)
     assert {'cpu', 'torch', 'timm', 'commit', 'arguments', 'seconds'} <= record.keys()
