@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from baselines import LIKE_VIT_B, Baseline, Head, Stem
 from memory import IMAGE, NoAttention, NoMemory
 from mixers import CrossAttention, ViT
@@ -30,8 +29,7 @@ class CrossAttentionRead(GlobalWorkspace):
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
         """``h + attention(h, gamma)``: (B, N, E)."""
-        slots = F.normalize(memory, dim=-1).to(h.dtype)
-        return h + self.cross_attention(h, slots.expand(len(h), -1, -1))  # (M, D) -> (B, M, D)
+        return h + self.cross_attention(h, memory.to(h.dtype).expand(len(h), -1, -1))  # (M, D) -> (B, M, D)
 
 
 class ResetMemory(GlobalWorkspace):

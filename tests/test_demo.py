@@ -74,7 +74,7 @@ def test_the_attention_in_the_picture_is_that_of_the_retrieval() -> None:
     mlp.retrieval.register_forward_hook(lambda module, args, out: retrieved.append(out - args[0]))
     with torch.no_grad():
         model(images)
-        attractors = mlp.attractors(mlp.memory, torch.float32)
+        attractors = mlp.attractors(mlp.slots(), torch.float32)
     torch.testing.assert_close(usage[1] @ attractors, retrieved[0].mean(dim=(0, 1)), rtol=1e-4, atol=1e-5)
 
 

@@ -30,7 +30,7 @@ class FusedWorkspace(nn.Module):
         self.has_vit_path = workspace.retrieval_scale is not None
         with torch.no_grad():
             dtype = workspace.norm.weight.dtype
-            self.register_buffer('attractors', workspace.attractors(workspace.memory, dtype))
+            self.register_buffer('attractors', workspace.attractors(workspace.slots(), dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Retrieve from the memory that the workspace had: (B, N, E) -> (B, N, E)."""

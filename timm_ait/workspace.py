@@ -172,11 +172,11 @@ class GlobalWorkspace(nn.Module):
         if torch.jit.is_scripting():  # TorchScript is for deployment: the memory stays as it is
             f = self.feed_forward(x)
             h = self.norm(f)
-            return self.read(f, h, self.copy_memory(h) if self.has_copies() else self.memory)
+            return self.read(f, h, self.copy_memory(h) if self.has_copies() else self.slots())
         elif not self.is_writing():
             f = self.feed_forward(x)
             h = self.norm(f)
-            return self.read(f, h, self.write(h, self.memory).memory if self.has_copies() else self.memory)
+            return self.read(f, h, self.write(h, self.memory).memory if self.has_copies() else self.slots())
         elif is_backward_running():
             return self.step(x, self.replay.memory_before(x))[0]
         else:
@@ -322,16 +322,22 @@ class GlobalWorkspace(nn.Module):
         update = self.proj(heads.transpose(1, 2).flatten(2))  # (B, M, S*D) -> (B, M, D)
         return self._average(memory, self.write_norm(update + memory))
 
+    def slots(self) -> Tensor:
+        """The memory as it is read, (M, D): rows of unit length, whatever is stored.
+
+        A write leaves such rows. The first random memory has others, and so has a mean of several (weight averaging).
+        """
+        return F.normalize(self.memory, dim=-1)
+
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
-        """Retrieve from the memory (..., M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
+        """Retrieve from the slots (..., M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
         base = h if self.retrieval_scale is None else f
         # By keyword: a positional parameter stops torch's counter of FLOPs where there are no gradients.
         return self.retrieval(base, h, self.attractors(memory, h.dtype), scale=self.scale)
 
     def attractors(self, memory: Tensor, dtype: torch.dtype) -> Tensor:
         """Linear transform ``a = W_LT gamma + b``: (..., M, D) -> (..., M, E), computed in ``dtype``."""
-        # Rows of unit length whatever is stored: a first random memory, or the mean of several (weight averaging).
-        return self.linear_transform(F.normalize(memory, dim=-1).to(dtype))
+        return self.linear_transform(memory.to(dtype))
 
     def fuse(self) -> nn.Module:
         """The layer for evaluation alone; timm's ``reparameterize_model`` puts it in the place of this one.
