@@ -199,8 +199,9 @@ def draw(found: dict[str, dict[str, dict[int, Any]]], path: Path) -> None:
     """Draw the difference to no memory: each seed, the mean and its interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(found), 4), layout='constrained', facecolor='white')
-    panels = figure.subplots(1, len(found), squeeze=False, sharex=True)[0]
+    heights = [len(rows) for rows in found.values()]  # a row each, and the title in the place of the control
+    figure = Figure(figsize=(8, 1 + 0.3 * sum(heights)), layout='constrained', facecolor='white')
+    panels = figure.subplots(len(found), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, (setting, rows) in zip(panels, found.items(), strict=True):
         control = top1_of(rows.get('none', {}))
         less = {name: gains(top1_of(seeds), control) for name, seeds in rows.items() if name != 'none'}
@@ -211,8 +212,9 @@ def draw(found: dict[str, dict[str, dict[int, Any]]], path: Path) -> None:
                 axes.errorbar(statistics.mean(values), y, xerr=half, fmt='s', color='tab:blue', capsize=4)
         axes.axvline(0, color='black', linewidth=1)
         axes.set_yticks(range(len(less)), list(less))
-        axes.invert_yaxis()
-        axes.set(xlabel='top-1 accuracy less that without memory, points', title=setting)
+        axes.set_ylim(len(less) - 0.5, -0.5)  # the first row on top
+        axes.set_title(setting, fontsize='medium')
+    panels[-1].set_xlabel('top-1 accuracy less that without memory, points: each seed, mean and 95 % interval')
     figure.savefig(path, dpi=110)
 
 

@@ -48,6 +48,11 @@ def draw_scenes(args: argparse.Namespace, split: str, size: int) -> Data:
     return SortOfClevr(split, size, kinds=KINDS if args.questions == 'all' else (args.questions,))
 
 
+def draw_triangles(args: argparse.Namespace, split: str, size: int) -> Data:
+    """Triangles, other ones in each epoch."""
+    return Triangle(split, size)
+
+
 def draw_recall(args: argparse.Namespace, split: str, size: int) -> Data:
     """Pairs of keys and values among patches of 4x4."""
     return AssociativeRecall(split, size, grid=args.grid, num_pairs=args.pairs)
@@ -87,7 +92,8 @@ class Task:
 TASKS: dict[str, Task] = {
     'cifar10': Task(load_cifar10, 32, 4, 10, (50_000, 10_000), augment=True),
     'sort_of_clevr': Task(draw_scenes, 75, 15, 10, (9_800, 200), question_dim=18, batch_size=64, top_k=5),
-    'triangle': Task(lambda args, split, size: Triangle(split, size), 64, 32, 2, (50_000, 10_000)),
+    'triangle': Task(draw_triangles, 64, 32, 2, (50_000, 10_000)),
+    'triangle_small_patches': Task(draw_triangles, 64, 4, 2, (50_000, 10_000), pos_embed=True, head='avg'),
     'recall': Task(draw_recall, None, 4, 10, (50_000, 10_000), pos_embed=True, head='avg'),
 }
 SETTINGS = (
