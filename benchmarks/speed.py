@@ -32,7 +32,7 @@ from measure import (
     time_sides,
 )
 from memory import IMAGE
-from record import write_record
+from record import environment, write_record
 from timm.layers import Attention
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
@@ -249,13 +249,12 @@ def main(argv: list[str] | None = None) -> None:
     depth = depth_cases(args) if 'depth' in args.rows else []
     stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
     rows: list[Row] = []
-    write = partial(write_record, stem.with_suffix('.json'), vars(args))
-    record = write({'rows': []})
     for row in measure([*model_cases(args), *depth, *workspace_cases(args), *image_cases(args)]):
         rows.append(row)
-        record = write({'rows': [asdict(row) for row in rows]})
+        write_record(stem.with_suffix('.json'), vars(args), {'rows': [asdict(row) for row in rows]})
     print(table(rows, args.peak_tflops))
-    title = f'{record["gpu"] if args.device == "cuda" else record["cpu"]}, {stem.name}, {record["commit"]}'
+    machine = environment()
+    title = f'{machine["gpu"] if args.device == "cuda" else machine["cpu"]}, {stem.name}, {machine["commit"]}'
     draw(rows, title).savefig(stem.with_suffix('.png'), dpi=120)
 
 
