@@ -55,7 +55,7 @@ def draw_triangles(args: argparse.Namespace, split: str, size: int) -> Data:
 
 def draw_recall(args: argparse.Namespace, split: str, size: int) -> Data:
     """Pairs of keys and values among patches of 4x4."""
-    return AssociativeRecall(split, size, grid=args.grid, num_pairs=args.pairs)
+    return AssociativeRecall(split, size, grid=args.grid, num_pairs=args.pairs, joined=args.joined)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ SETTINGS = (
     *('table', 'train', 'test', 'width', 'depth', 'mlp_ratio', 'head', 'pos_embed'),
     *('batch_size', 'lr', 'weight_decay', 'bfloat16'),
 )
-OF_ONE_TABLE = {'sort_of_clevr': ('questions',), 'recall': ('grid', 'pairs')}
+OF_ONE_TABLE = {'sort_of_clevr': ('questions',), 'recall': ('grid', 'pairs', 'joined')}
 
 
 def create(row: str, args: argparse.Namespace) -> nn.Module:
@@ -255,6 +255,7 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument('--questions', choices=('all', *KINDS), default='binary', help='of sort_of_clevr')
     parser.add_argument('--grid', type=int, default=16, help='patches a side of recall')
     parser.add_argument('--pairs', type=int, default=8, help='of recall')
+    parser.add_argument('--joined', action='store_true', help='key and value of recall stand in one patch')
     parser.add_argument('--train', type=int, help="images or scenes to train on; by default the table's own number")
     parser.add_argument('--test', type=int, help='the same for the test')
     parser.add_argument('--width', type=int, help="of a token; by default each row's own, as are depth and MLP ratio")

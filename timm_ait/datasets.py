@@ -112,9 +112,12 @@ class AssociativeRecall(DrawnImages):
 
     Patches are read in rows. The first one shows the queried key. At random places among the others stand ``num_pairs``
     pairs: a patch with a key, and in the next patch (the first of the next row, at the end of one) its value. No key
-    occurs twice. The class is the value next to the queried key. What is left over shows values without a key, or
-    nothing. All values are equally frequent and independent, so that who does not relate query, key and value to each
-    other is right in a share of ``1 / num_values``, and more only where few values are to be seen.
+    occurs twice. The class is the value of the queried key. What is left over shows values without a key, or nothing.
+    All values are equally frequent and independent, so that who does not relate query, key and value to each other is
+    right in a share of ``1 / num_values``, and more only where few values are to be seen.
+
+    With ``joined`` a patch shows a key and its value at once, so that a token of a model knows the pair from the start,
+    and only the query must find it. Who counts the values that stand beside a key then knows more than the share above.
 
     A symbol is a pattern of 4x4 cells: keys are red, values green, the query is the key's pattern in blue.
 
@@ -128,6 +131,7 @@ class AssociativeRecall(DrawnImages):
         num_keys: Different keys, at least ``num_pairs``.
         num_values: Different values, the classes.
         distractors: Share of the patches left over that show a value without a key; the others are black.
+        joined: Whether key and value of a pair stand in one patch.
 
     Raises:
         ValueError: For an argument out of range.
@@ -144,9 +148,10 @@ class AssociativeRecall(DrawnImages):
         num_keys: int = 32,
         num_values: int = 10,
         distractors: float = 1.0,
+        joined: bool = False,
     ) -> None:
         super().__init__(split, size, seed)
-        room = (grid * grid - 1) // 2
+        room = (grid * grid - 1) // (1 if joined else 2)
         _check(0 < num_pairs <= room, f'num_pairs from 1 to {room}, what {grid}x{grid} patches hold', num_pairs)
         _check(num_pairs <= num_keys < 2**16, f'num_keys from num_pairs, {num_pairs}, to {2**16 - 1}', num_keys)
         _check(1 < num_values < 2**16, f'num_values from 2 to {2**16 - 1}', num_values)
@@ -154,24 +159,26 @@ class AssociativeRecall(DrawnImages):
         _check(0 <= distractors <= 1, 'a share of distractors from 0 to 1', distractors)
         self.grid, self.patch_size, self.img_size = grid, patch_size, grid * patch_size
         self.num_pairs, self.num_keys, self.num_classes = num_pairs, num_keys, num_values
-        self.distractors = distractors
+        self.distractors, self.joined = distractors, joined
 
     def paint(self, rng: np.random.Generator, label: int) -> Image.Image:
         """Draw an image whose queried key has the value ``label``."""
         num_patches, pairs = self.grid**2, np.arange(self.num_pairs)
-        symbols = rng.integers(self.num_classes, size=num_patches)  # values, which all patches show at first
-        colours = np.ones(num_patches, dtype=np.int64)
-        is_shown = rng.random(num_patches) < self.distractors
-        # Choose among the places as if a pair took one, then move each pair on by one for every pair before it.
-        starts = 1 + pairs + np.sort(rng.choice(num_patches - 1 - self.num_pairs, self.num_pairs, replace=False))
+        gap = 0 if self.joined else 1  # from a key to its value
+        values = rng.integers(self.num_classes, size=num_patches)
+        shows_value = rng.random(num_patches) < self.distractors
+        # Choose among the places as if a pair took one, then move each pair on by the gap for every pair before it.
+        free = num_patches - 1 - gap * self.num_pairs
+        starts = 1 + gap * pairs + np.sort(rng.choice(free, self.num_pairs, replace=False))
         keys, queried = rng.permutation(self.num_keys)[pairs], rng.integers(self.num_pairs)
-        symbols[starts], colours[starts] = keys, 0
-        symbols[0], colours[0] = keys[queried], 2
-        symbols[starts[queried] + 1] = label
-        is_shown[0] = is_shown[starts] = is_shown[starts + 1] = True
+        values[starts[queried] + gap] = label
+        shows_value[0] = shows_value[starts] = False
+        shows_value[starts + gap] = True
 
         cells = np.zeros((num_patches, 4, 4, 3), dtype=np.uint8)
-        cells[np.arange(num_patches), :, :, colours] = symbol_patterns(symbols) * is_shown[:, None, None]
+        cells[starts, :, :, 0] = symbol_patterns(keys)
+        cells[shows_value, :, :, 1] = symbol_patterns(values[shows_value])
+        cells[0, :, :, 2] = symbol_patterns(keys[queried : queried + 1])[0]
         cells = cells.reshape(self.grid, self.grid, 4, 4, 3).swapaxes(1, 2)  # (N, 4, 4, 3) -> (grid, 4, grid, 4, 3)
         pixels = cells.reshape(4 * self.grid, 4 * self.grid, 3)  # (grid, 4, grid, 4, 3) -> (4*grid, 4*grid, 3)
         return Image.fromarray(pixels).resize((self.img_size, self.img_size), Image.Resampling.NEAREST)
@@ -297,6 +304,7 @@ def make_parser() -> argparse.ArgumentParser:
     recall.add_argument('--keys', dest='num_keys', type=int, default=32, help='different keys')
     recall.add_argument('--values', dest='num_values', type=int, default=10, help='different values, the classes')
     recall.add_argument('--distractors', type=float, default=1.0, help='share of the other patches that show a value')
+    recall.add_argument('--joined', action='store_true', help='key and value of a pair stand in one patch')
     return parser
 
 
