@@ -184,22 +184,28 @@ def test_a_triangle_is_drawn_as_three_clusters_which_stand_apart_alike_in_class_
     assert sum(spread < 2 for spread in spreads[1]) < 0.2 * len(spreads[1])
 
 
-def decode(dataset: AssociativeRecall, image: Image.Image) -> list[tuple[str, int] | None]:
-    """What each patch shows, in rows: (colour, symbol), or None."""
+def decode(dataset: AssociativeRecall, image: Image.Image) -> list[dict[str, int]]:
+    """What each patch shows, in rows: symbols by 'key', 'value' and 'query', which are its colours."""
     side, cell = dataset.patch_size, dataset.patch_size // 4
     pixels, found = np.asarray(image), []
     for row, column in itertools.product(range(0, len(pixels), side), repeat=2):
         patch = pixels[row : row + side, column : column + side]
         assert np.array_equal(patch, patch[::cell, ::cell].repeat(cell, axis=0).repeat(cell, axis=1))
-        channels = [i for i in range(3) if patch[..., i].any()]
-        if not channels:
-            found.append(None)
-            continue
-        (channel,) = channels
-        cells = (patch[::cell, ::cell, channel] == 255).flatten().tolist()
-        code = sum(2**place for place, is_on in enumerate(cells) if is_on)
-        found.append(('key value query'.split()[channel], code * pow(40503, -1, 2**16) % 2**16 - 1))
+        shown = {}
+        for channel, name in enumerate(('key', 'value', 'query')):
+            if patch[..., channel].any():
+                cells = (patch[::cell, ::cell, channel] == 255).flatten().tolist()
+                code = sum(2**place for place, is_on in enumerate(cells) if is_on)
+                shown[name] = code * pow(40503, -1, 2**16) % 2**16 - 1
+        found.append(shown)
     return found
+
+
+def decode_apart(dataset: AssociativeRecall, image: Image.Image) -> list[tuple[str, int] | None]:
+    """The same where no patch shows two symbols: (name, symbol), or None."""
+    patches = decode(dataset, image)
+    assert all(len(patch) < 2 for patch in patches)
+    return [next(iter(patch.items()), None) for patch in patches]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +221,7 @@ def test_the_recalled_value_follows_from_the_pixels(options: dict[str, Any]) -> 
     dataset = AssociativeRecall('test', 5, **options)
     for index in range(5):
         image, label = dataset.draw(index)
-        patches = decode(dataset, image)
+        patches = decode_apart(dataset, image)
         assert len(patches) == dataset.grid**2
         pairs = {p[1]: patches[i + 1] for i, p in enumerate(patches) if p is not None and p[0] == 'key'}
         assert len(pairs) == sum(p is not None and p[0] == 'key' for p in patches) == dataset.num_pairs
@@ -229,11 +235,36 @@ def test_the_recalled_value_follows_from_the_pixels(options: dict[str, Any]) -> 
         assert len(values) - dataset.num_pairs == pytest.approx(rest * dataset.distractors, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(grid=4, patch_size=8, num_pairs=15, num_keys=16, num_values=3),  # no room for more
+        dict(grid=9, num_pairs=5, num_keys=9, distractors=0.0),
+        dict(grid=40, num_pairs=50, num_keys=90, num_values=7, distractors=0.5),
+    ],
+)
+def test_joined_pairs_share_a_patch(options: dict[str, Any]) -> None:
+    dataset = AssociativeRecall('test', 5, joined=True, **options)
+    for index in range(5):
+        image, label = dataset.draw(index)
+        query, *rest = decode(dataset, image)
+        pairs = {patch['key']: patch['value'] for patch in rest if 'key' in patch}
+        assert query.keys() == {'query'}
+        assert pairs[query['query']] == label == index % dataset.num_classes
+        assert len(pairs) == sum('key' in patch for patch in rest) == dataset.num_pairs
+        assert max(pairs) < dataset.num_keys
+        assert max(pairs.values()) < dataset.num_classes
+        others = [patch for patch in rest if 'key' not in patch]
+        assert all(patch.keys() <= {'value'} for patch in others)
+        assert sum(map(len, others)) == pytest.approx(len(others) * dataset.distractors, rel=0.1)
+
+
 def test_pairs_stand_anywhere_and_neither_place_nor_key_tells_which_one_is_asked_for() -> None:
     dataset = AssociativeRecall('train', 3000, grid=4, num_pairs=2, num_keys=3, num_values=2, distractors=0.0)
     places, asked, wrong = np.zeros(16), np.zeros(3), 0
     for index in range(3000):
-        patches = decode(dataset, dataset.draw(index)[0])
+        patches = decode_apart(dataset, dataset.draw(index)[0])
         starts = [i for i, p in enumerate(patches) if p is not None and p[0] == 'key']
         places[starts] += 1 / 3000
         assert patches[0] is not None
@@ -252,7 +283,7 @@ def test_a_seed_gives_the_same_numbers_on_every_machine() -> None:
     assert first.centres.tolist() == [[[60, 46], [38, 22], [25, 7], [9, 6], [16, 57], [47, 64]]]
     assert first.squares.tolist() == [[False, False, False, False, False, True]]
     recall = AssociativeRecall('validation', 1, seed=5, grid=4, num_pairs=2, num_keys=3, distractors=0.0)
-    shown = {i: p for i, p in enumerate(decode(recall, recall.draw(0)[0])) if p is not None}
+    shown = {i: p for i, p in enumerate(decode_apart(recall, recall.draw(0)[0])) if p is not None}
     pairs = {9: ('key', 0), 10: ('value', 0), 13: ('key', 2), 14: ('value', 8)}
     assert shown == {0: ('query', 0), **pairs}
 
@@ -296,12 +327,14 @@ def test_folders_hold_the_images_under_their_classes_for_torchvision_and_timm(
 ) -> None:
     folder = tmp_path / 'recall'
     options = '--train 23 --validation 0 --test 13 --seed 7 --grid 5 --pairs 3 --keys 5 --values 11 --distractors 0.5'
+    options += ' --joined'
     datasets.main(['recall', str(folder), *options.split()])
     needs = f'--data-dir {folder} --num-classes 11 --input-size 3 20 20 --no-aug --val-split test'
     assert needs in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ['recall']
     assert sorted(path.name for path in folder.iterdir()) == ['test', 'train']
-    dataset = AssociativeRecall('train', 23, 7, grid=5, num_pairs=3, num_keys=5, num_values=11, distractors=0.5)
+    sizes = dict(grid=5, num_pairs=3, num_keys=5, num_values=11)
+    dataset = AssociativeRecall('train', 23, 7, distractors=0.5, joined=True, **sizes)
     for read in (ImageFolder(folder / 'train'), create_dataset('', root=str(folder), split='train')):
         assert len(read) == 23
         drawn = sorted((label, image.tobytes()) for image, label in map(dataset.draw, range(23)))
@@ -335,6 +368,7 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path: Path, monke
         (lambda: SortOfClevr(kinds='binary'), 'some of the kinds'),
         (lambda: SortOfClevr(kinds=[]), 'some of the kinds'),
         (lambda: AssociativeRecall(grid=4, num_pairs=8), 'num_pairs from 1 to 7, what 4x4 patches hold, got 8'),
+        (lambda: AssociativeRecall(grid=4, num_pairs=16, joined=True), 'num_pairs from 1 to 15, .*, got 16'),
         (lambda: AssociativeRecall(num_keys=7), 'num_keys from num_pairs, 8, to 65535, got 7'),
         (lambda: AssociativeRecall(num_values=1), 'num_values from 2 .*, got 1'),
         (lambda: AssociativeRecall(patch_size=6), 'a patch_size that 4 divides, got 6'),

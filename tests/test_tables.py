@@ -80,6 +80,7 @@ def test_cifar10_runs_resumes_and_is_shown(
         ['sort_of_clevr', '--questions', 'all'],
         ['triangle', '--steps', '3'],
         ['recall', '--grid', '4', '--pairs', '2'],
+        ['recall', '--grid', '4', '--pairs', '15', '--joined'],
     ],
     ids=' '.join,
 )
