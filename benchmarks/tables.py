@@ -108,7 +108,7 @@ def create(row: str, args: argparse.Namespace) -> nn.Module:
     task = TASKS[args.table]
     sizes: dict[str, Any] = dict(embed_dim=args.width, depth=args.depth, mlp_ratio=args.mlp_ratio)
     if args.width is not None:
-        sizes['num_heads'] = max(args.width // 64, 1)  # of the paper's width
+        sizes['num_heads'] = args.heads or max(args.width // 64, 1)  # of the paper's width
     if row in ('coordination', 'coordination_h'):
         sizes['top_k'] = task.top_k
     make = ablations.create if row in ablations.NAMES else baselines.create
@@ -127,7 +127,8 @@ def create(row: str, args: argparse.Namespace) -> nn.Module:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides a result, apart from row and seed."""
     length = 'epochs' if args.steps is None else 'steps'
-    return {name: getattr(args, name) for name in (*SETTINGS, length, *OF_ONE_TABLE.get(args.table, ()))}
+    given = () if args.heads is None else ('heads',)
+    return {name: getattr(args, name) for name in (*SETTINGS, *given, length, *OF_ONE_TABLE.get(args.table, ()))}
 
 
 def title(args: argparse.Namespace, row: str, seed: int) -> str:
@@ -261,6 +262,7 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument('--width', type=int, help="of a token; by default each row's own, as are depth and MLP ratio")
     parser.add_argument('--depth', type=int)
     parser.add_argument('--mlp-ratio', type=float)
+    parser.add_argument('--heads', type=int, help='of self-attention, with --width; by default one for 64 of it')
     parser.add_argument('--head', choices=ablations.HEADS, help="what the classifier reads; the table's own by default")
     parser.add_argument('--pos-embed', action=argparse.BooleanOptionalAction, help='whether tokens have positions')
     parser.add_argument('--epochs', type=int, default=10)
@@ -298,6 +300,8 @@ def main(argv: list[str] | None = None) -> None:
             return show(args.show)
         if args.table is None:
             parser.error('give a table, or --show')
+        if args.heads is not None and args.width is None:
+            parser.error('give --heads together with --width, which it must divide')
         run_all(complete(args, argv))
     except ValueError as error:
         parser.error(str(error))
