@@ -1,6 +1,7 @@
 """The runner of the tables: every path at toy size."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -160,6 +161,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'cifar10 needs a folder of images': ['cifar10'],
         'expected results in': ['--show', str(tmp_path)],
         "invalid choice: 'ait_base'": ['triangle', '--rows', 'ait_base'],
+        'give --heads together with --width': ['triangle', '--heads', '4'],
         'lower batch_size': ['triangle', *TOY, '--batch-size', '21'],
     }
     for message, arguments in wrong.items():
@@ -225,3 +227,22 @@ def test_the_published_tables_are_those_of_the_results() -> None:
     assert found
     for heading, rows in found.items():
         assert f'{heading}\n\n{tables.format_table(rows)}' in text
+
+
+def test_a_published_result_is_found_again_by_its_command() -> None:
+    folder = Path(tables.__file__).parent / 'results' / 'tables'
+    for path in folder.glob('*.json'):
+        record = json.loads(path.read_text())
+        words = shlex.split(record['command'])[2:]
+        args = tables.complete(tables.make_parser().parse_args(words), words)
+        assert tables.title(args, record['row'], record['seed']) == path.stem
+
+
+def test_the_number_of_heads_makes_another_run() -> None:
+    def parse(*words: str) -> Any:
+        return tables.complete(tables.make_parser().parse_args(['recall', '--width', '64', *words]), [])
+
+    with torch.device('meta'):
+        heads = [tables.create('ait', args).blocks[0].attn.num_heads for args in (parse(), parse('--heads', '4'))]
+    assert heads == [1, 4]
+    assert tables.title(parse(), 'ait', 1) != tables.title(parse('--heads', '4'), 'ait', 1)
