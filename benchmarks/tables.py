@@ -133,8 +133,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def title(args: argparse.Namespace, row: str, seed: int) -> str:
     """Name of a run, which differs for other settings."""
-    digest = hashlib.sha256(json.dumps(settings_of(args), sort_keys=True).encode()).hexdigest()
-    return f'{args.table}-{row}-{seed}-{digest[:8]}'
+    return f'{args.table}-{row}-{seed}-{digest(settings_of(args))}'
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """What stands for the settings in the names of files."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def train(row: str, seed: int, args: argparse.Namespace, data: Data, deadline: float | None = None) -> Any:
@@ -237,10 +241,10 @@ def show(folder: Path) -> None:
     found = gather(folder)
     if not found:
         raise ValueError(f'expected results in {folder}, got none; run a table with --out {folder} first')
-    for number, (heading, rows) in enumerate(found.items()):
-        picture = folder / f'{heading.split(":")[0]}-{number}.png'
+    for heading, rows in found.items():
+        arguments = next(iter(next(iter(rows.values())).values()))['arguments']
         print(f'{heading}\n\n{format_table(rows)}\n')
-        draw(rows, heading, picture)
+        draw(rows, heading, folder / f'{arguments["table"]}-{digest(arguments)}.png')
 
 
 def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
