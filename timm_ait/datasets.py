@@ -176,9 +176,10 @@ class AssociativeRecall(DrawnImages):
         shows_value[starts + gap] = True
 
         cells = np.zeros((num_patches, 4, 4, 3), dtype=np.uint8)
-        cells[starts, :, :, 0] = symbol_patterns(keys)
+        key_patterns = symbol_patterns(keys)
+        cells[starts, :, :, 0] = key_patterns
         cells[shows_value, :, :, 1] = symbol_patterns(values[shows_value])
-        cells[0, :, :, 2] = symbol_patterns(keys[queried : queried + 1])[0]
+        cells[0, :, :, 2] = key_patterns[queried]
         cells = cells.reshape(self.grid, self.grid, 4, 4, 3).swapaxes(1, 2)  # (N, 4, 4, 3) -> (grid, 4, grid, 4, 3)
         pixels = cells.reshape(4 * self.grid, 4 * self.grid, 3)  # (grid, 4, grid, 4, 3) -> (4*grid, 4*grid, 3)
         return Image.fromarray(pixels).resize((self.img_size, self.img_size), Image.Resampling.NEAREST)
