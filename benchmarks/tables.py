@@ -304,8 +304,8 @@ def main(argv: list[str] | None = None) -> None:
             return show(args.show)
         if args.table is None:
             parser.error('give a table, or --show')
-        if args.heads is not None and args.width is None:
-            parser.error('give --heads together with --width, which it must divide')
+        if args.heads is not None and (args.width is None or args.heads < 1 or args.width % args.heads):
+            parser.error('give --heads, at least 1, together with --width, which it must divide')
         run_all(complete(args, argv))
     except ValueError as error:
         parser.error(str(error))

@@ -161,7 +161,9 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'cifar10 needs a folder of images': ['cifar10'],
         'expected results in': ['--show', str(tmp_path)],
         "invalid choice: 'ait_base'": ['triangle', '--rows', 'ait_base'],
-        'give --heads together with --width': ['triangle', '--heads', '4'],
+        'together with --width': ['triangle', '--heads', '4'],
+        'give --heads, at least 1': ['triangle', '--width', '64', '--heads', '0'],
+        'which it must divide': ['triangle', '--width', '64', '--heads', '3'],
         'lower batch_size': ['triangle', *TOY, '--batch-size', '21'],
     }
     for message, arguments in wrong.items():
