@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from baselines import LIKE_VIT_B, Baseline, Head, Stem
-from memory import IMAGE, NoAttention, NoMemory
+from memory import ADDITIVE, IMAGE, NoAttention, NoMemory
 from mixers import CrossAttention, ViT
 from torch import Tensor, nn
 
@@ -101,12 +101,13 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_frozen': Ablation('orthogonal slots that nothing writes', OrthogonalMemory, dict(write_mode='never')),
     'ait_distinct': Ablation('a write that leaves the slots distinct', args=dict(write_rule='distinct')),
     'ait_image': Ablation('the same, for each image', args=IMAGE),
+    'ait_additive': Ablation('a copy for each image that adds what it reads', args=ADDITIVE),
 }
 ABLATIONS |= {
     f'ait_no_attention{name.removeprefix("ait")}': replace(
         ABLATIONS[name], text=f'no self-attention; {ABLATIONS[name].text}', change=drop_attention
     )
-    for name in ('ait', 'ait_no_memory', 'ait_frozen', 'ait_distinct', 'ait_image')
+    for name in ('ait', 'ait_no_memory', 'ait_frozen', 'ait_distinct', 'ait_image', 'ait_additive')
 }
 NAMES = (*ABLATIONS, REGISTERS)
 

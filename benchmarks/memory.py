@@ -73,6 +73,7 @@ class NoAttention(nn.Module):
 
 FROZEN: dict[str, Any] = dict(write_mode='never', write_rule='distinct')
 IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_decay=0.5)
+ADDITIVE: dict[str, Any] = dict(write_rule='additive', write_scope='image')
 VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
     'none': (NoMemory, dict(write_mode='never')),
     'registers': (NoMemory, dict(write_mode='never', reg_tokens=32)),
@@ -85,6 +86,7 @@ VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
     'image': (GlobalWorkspace, IMAGE),
     'image_whole': (WholeCopy, IMAGE),
     'image_wide': (WideGain, IMAGE),
+    'additive': (GlobalWorkspace, ADDITIVE),
     'image_wide_detached': (WideGain, dict(IMAGE, write_grad=False)),
 }
 DETACHED = (('published', 'published_detached'), ('image_wide', 'image_wide_detached'))

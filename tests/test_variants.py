@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'image': dict(write_scope='image'),
     'image, few tokens': dict(write_scope='image', bottleneck=K),
     'distinct image': dict(write_rule='distinct', write_scope='image', bottleneck=K),
+    'additive image': dict(write_rule='additive', write_scope='image', bottleneck=K),
 }
 IMAGE = {name: kwargs for name, kwargs in VARIANTS.items() if 'write_scope' in kwargs}
 variants = partial(pytest.mark.parametrize, 'kwargs')
@@ -71,20 +72,24 @@ def reference(layer: GlobalWorkspace, x: Tensor) -> tuple[Tensor, Tensor]:
     """One training forward, slot by slot: output and memory."""
     h = layer.norm(layer.fc2(F.gelu(layer.fc1(x))))
     groups = list(h) if layer.write_scope == 'image' else [h.flatten(0, 1)]
+    is_additive = layer.write_rule == 'additive'
+    read = 3 * math.sqrt(D) * layer.memory / layer.memory.norm(dim=1, keepdim=True) if is_additive else layer.memory
     written = []
     for tokens in groups:  # (T, E), those that compete
         heads = []
         for s in range(S):
             rows = slice(s * D, (s + 1) * D)
-            logits = (
-                layer.memory @ layer.query.weight[rows].t() @ (tokens @ layer.key.weight[rows].t()).t() / math.sqrt(D)
-            )
+            logits = read @ layer.query.weight[rows].t() @ (tokens @ layer.key.weight[rows].t()).t() / math.sqrt(D)
             lowest = logits.sort(dim=-1, descending=True)[0][:, min(layer.bottleneck, len(tokens)) - 1, None]
             gates = logits.masked_fill(logits < lowest, -torch.inf).softmax(-1)
             heads.append(gates @ tokens @ layer.value.weight[rows].t())
         if layer.write_rule == 'distinct':
             heads = [head - head.mean(dim=0) for head in heads]
-        update = layer.write_norm(torch.cat(heads, dim=1) @ layer.proj.weight.t() + layer.memory)
+        update = torch.cat(heads, dim=1) @ layer.proj.weight.t() + layer.memory
+        if is_additive:
+            written.append(update)
+            continue
+        update = layer.write_norm(update)
         if layer.write_rule == 'distinct':
             update = update / update.norm(dim=1, keepdim=True)
         new = layer.memory_decay * layer.memory + (1 - layer.memory_decay) * update
@@ -96,6 +101,8 @@ def reference(layer: GlobalWorkspace, x: Tensor) -> tuple[Tensor, Tensor]:
         attractors = layer.linear_transform(memory)
         r = (layer.beta * own @ attractors.t()).softmax(-1) @ attractors
         outputs.append(own + (r if layer.scale is None else layer.scale * r))
+    if is_additive:
+        return torch.stack(outputs), layer.memory.clone()
     mean = torch.stack(written).mean(dim=0)
     mean = mean / mean.norm(dim=1, keepdim=True)
     has_copies = layer.write_scope == 'image' and layer.write_rule == 'distinct'
@@ -136,7 +143,10 @@ def test_gradients_pass_gradcheck(kwargs: dict[str, Any]) -> None:
 def test_every_parameter_gets_a_gradient(kwargs: dict[str, Any]) -> None:
     model = make_model(**kwargs)
     F.cross_entropy(model(images(4)), torch.arange(4)).backward()
-    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert not [name for name, grad in trained.items() if grad is None or not grad.abs().max() > 0]
+    frozen = {name.split('.')[-2] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == ({'write_norm'} if kwargs.get('write_rule') == 'additive' else set())
 
 
 @variants(VARIANTS.values(), ids=VARIANTS)
@@ -274,8 +284,9 @@ def test_evaluation_reads_the_image_at_hand_and_leaves_the_memory() -> None:
 
 
 @pytest.mark.parametrize('poison', [math.nan, math.inf])
-def test_an_image_that_is_not_finite_spoils_neither_the_memory_nor_other_images(poison: float) -> None:
-    layer, healthy = make_layer(write_scope='image'), make_layer(write_scope='image')
+@pytest.mark.parametrize('rule', ['published', 'distinct', 'additive'])
+def test_an_image_that_is_not_finite_spoils_neither_the_memory_nor_other_images(rule: str, poison: float) -> None:
+    layer, healthy = (make_layer(write_scope='image', write_rule=rule) for _ in range(2))
     x = tokens()
     x[1, 3, 5] = poison
     out, expected = layer(x), healthy(tokens())
@@ -333,5 +344,32 @@ def test_torch_counts_the_flops_of_a_model_with_a_gain_without_gradients() -> No
 
 @pytest.mark.parametrize('name', ['write_rule', 'write_scope'])
 def test_an_unknown_rule_or_scope_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be one of \('\w+', '\w+'\), got 'other'"):
+    with pytest.raises(ValueError, match=rf"{name} must be one of \(('\w+', )+'\w+'\), got 'other'"):
         make_layer(**{name: 'other'})
+
+
+# Copies that add what they read
+
+
+def test_the_additive_rule_needs_a_memory_for_each_image() -> None:
+    with pytest.raises(ValueError, match="write_rule='additive' needs write_scope='image', got 'batch'; give both"):
+        make_layer(write_rule='additive')
+
+
+def test_additive_copies_start_with_logits_of_unit_variance_where_the_others_read_the_mean_token() -> None:
+    torch.manual_seed(0)
+    spread = {}
+    for rule in ('distinct', 'additive'):
+        layer = GlobalWorkspace(256, write_rule=rule, write_scope='image')
+        logits = layer.fold_queries(layer.memory) @ layer.norm(torch.randn(400, 256)).t()
+        spread[rule] = logits.std().item()
+    assert spread['distinct'] < 0.1
+    assert spread['additive'] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
+def test_the_slots_that_additive_copies_start_from_stay(training: bool) -> None:
+    layer = make_layer(write_rule='additive', write_scope='image').train(training)
+    before = layer.memory.clone()
+    layer(tokens())
+    assert torch.equal(layer.memory, before)

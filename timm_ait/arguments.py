@@ -12,7 +12,7 @@ WORKSPACE_ARGS = (
     *('retrieval_steps', 'write_mode', 'write_grad', 'write_rule', 'write_scope', 'retrieval_scale'),
 )
 WRITE_MODES = ('train', 'always', 'never')
-WRITE_RULES = ('published', 'distinct')
+WRITE_RULES = ('published', 'distinct', 'additive')
 WRITE_SCOPES = ('batch', 'image')
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .workspace import GlobalWorkspace
@@ -52,8 +53,8 @@ class Sums:
         self.last_shares: Tensor | None = None
 
     def see_slots(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Hook on the linear transform, which gets slots of unit length: (M, D) or (B, M, D)."""
-        slots = self.last_slots = args[0].float()
+        """Hook on the linear transform, which gets the slots: (M, D) or (B, M, D)."""
+        slots = self.last_slots = F.normalize(args[0].float(), dim=-1)
         M = slots.shape[-2]
         cosines = slots @ slots.transpose(-2, -1)
         self.cosines.append(((cosines.sum(dim=(-2, -1)) - M) / max(M * (M - 1), 1)).mean())

@@ -87,7 +87,9 @@ class GlobalWorkspace(nn.Module):
         write_rule: 'published' is the paper's rule, which pulls all slots to one point. 'distinct' removes from each
             write what all slots read alike, writes rows of unit length, so that ``memory_decay`` is the rate that it
             says, starts from orthogonal slots and turns them back towards orthogonal ones after each write, and learns
-            a gain (E,) on the retrieval that starts at 1.
+            a gain (E,) on the retrieval that starts at 1. 'additive' is for ``write_scope='image'`` alone: slots score
+            tokens with logits of unit variance from the start, and a copy is ``gamma + W_O heads``, of any length. It
+            has orthogonal slots, which stay as they are, and the gain.
         write_scope: 'batch' as in the paper: the tokens of the batch write into one memory, and evaluation reads what
             training has written. 'image': every image writes its own tokens into a copy of the memory and reads the
             copy, in evaluation too. The memory itself starts every copy, and moves by their mean.
@@ -99,7 +101,7 @@ class GlobalWorkspace(nn.Module):
         norm_layer: Norm between activation and second projection, as in timm's ``Mlp``; the paper has none.
 
     Raises:
-        ValueError: For an argument out of range.
+        ValueError: For an argument out of range, and for a rule that does not go with the scope.
     """
 
     memory: Tensor
@@ -135,6 +137,8 @@ class GlobalWorkspace(nn.Module):
         self.write_mode, self.write_grad, self.retrieval_scale = write_mode, write_grad, retrieval_scale
         self.write_rule, self.write_scope = write_rule, write_scope
         check_limits(self)
+        if write_rule == 'additive' and write_scope != 'image':
+            raise ValueError(f"write_rule='additive' needs write_scope='image', got {write_scope!r}; give both")
         self.in_features = in_features
         self.auto_balance = True
         dd = {'device': device, 'dtype': dtype}
@@ -160,7 +164,7 @@ class GlobalWorkspace(nn.Module):
         # linear transform W_LT from the width of a slot to the width of a token, and Hopfield retrieval
         self.linear_transform = nn.Linear(slot_dim, in_features, **dd)
         self.retrieval = HopfieldRetrieval(beta, retrieval_steps)
-        has_gain = retrieval_scale is not None or write_rule == 'distinct'
+        has_gain = retrieval_scale is not None or write_rule != 'published'
         self.scale = nn.Parameter(torch.empty(in_features, **dd)) if has_gain else None
 
         self.replay = Replay()
@@ -234,7 +238,8 @@ class GlobalWorkspace(nn.Module):
             logits, tokens = (top_logits if h.ndim == 2 else top_logits_per_image)(queries, h, k)
             logits, tokens = logits.unflatten(-2, (S, M)), tokens.unflatten(-2, (S, M))  # (..., S, M, k)
         else:
-            queries = call_wide(self.query, memory).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
+            queries = call_wide(self.query, self._address(memory))
+            queries = queries.unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
             keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).movedim(-3, -1)  # (..., T, S*D) -> (..., S, D, T)
             logits, tokens = (queries @ keys / math.sqrt(self.slot_dim)).topk(k, dim=-1, sorted=False)
         return Selection(logits.softmax(dim=-1), tokens, logits.detach().logsumexp(dim=-1))
@@ -242,9 +247,21 @@ class GlobalWorkspace(nn.Module):
     def fold_queries(self, memory: Tensor) -> Tensor:
         """Queries that score tokens without their keys, ``q (W_K h) = (W_K^T q) h``: (M, D) -> (S, M, E)."""
         S, D = self.write_heads, self.slot_dim
-        queries = F.linear(memory, self.query.weight.to(memory.dtype)).unflatten(-1, (S, D))  # (M, S*D) -> (M, S, D)
+        queries = F.linear(self._address(memory), self.query.weight.to(memory.dtype))
+        queries = queries.unflatten(-1, (S, D))  # (M, S*D) -> (M, S, D)
         keys = self.key.weight.to(memory.dtype).unflatten(0, (S, D))  # (S*D, E) -> (S, D, E)
         return torch.matmul(queries.transpose(0, 1) / math.sqrt(D), keys)
+
+    def _address(self, memory: Tensor) -> Tensor:
+        """The slots (M, D) as W_Q reads them.
+
+        Rows of length 1 give logits with a standard deviation of 0.06 at the start: all slots of an image read its mean
+        token, and training does not part them. The rule 'additive' makes it 1: sqrt(D) brings a row's elements to unit
+        variance, and 3 makes up for the variance of 1/3 that W_Q and W_K leave of it as PyTorch initialises them.
+        """
+        if self.write_rule != 'additive':
+            return memory
+        return 3 * math.sqrt(self.slot_dim) * F.normalize(memory, dim=-1)
 
     def attend(self, selection: Selection, h: Tensor, values: Tensor | None = None) -> Tensor:
         """What each head reads for each slot, ``sum_j g_j W_V h_j = W_V sum_j g_j h_j``.
@@ -276,24 +293,27 @@ class GlobalWorkspace(nn.Module):
         Without the second, a row of length sqrt(D) replaces 39 % of a slot of length 1, not 10 % as ``memory_decay``
         says. Without the third, training leaves a few directions for all slots.
 
+        With ``write_rule='additive'`` it is ``gamma + W_O heads`` alone: a norm would take away how much was read.
+
         Args:
             memory: (M, D) old memory.
             heads: (..., S, M, D) what the heads have read.
 
         Returns:
-            (..., M, D) new memory of unit rows; the old one where ``heads`` is not finite.
+            (..., M, D) new memory, of unit rows unless 'additive'; the old one where ``heads`` is not finite.
         """
         heads = self._centre(heads)
         # NOTE the authors concatenate the heads interleaved, (D, S); here W_O reads (S, D), as multi-head
         # attention does elsewhere. `convert.py` permutes their columns.
-        update = call_wide(self.proj, heads.transpose(-3, -2).flatten(-2))  # (..., M, S*D) -> (..., M, D)
-        new = self._average(memory, call_wide(self.write_norm, update + memory))
-        # Division by their length has made NaN of rows that were not finite.
-        return torch.where(new.detach().sum(dim=(-2, -1), keepdim=True).isnan(), memory, new)
+        new = call_wide(self.proj, heads.transpose(-3, -2).flatten(-2)) + memory  # (..., M, S*D) -> (..., M, D)
+        if self.write_rule != 'additive':
+            new = self._average(memory, call_wide(self.write_norm, new))
+        total = new.detach().sum(dim=(-2, -1), keepdim=True)
+        return torch.where(total - total == 0, new, memory)  # NaN and infinity less themselves are NaN
 
     def _centre(self, heads: Tensor) -> Tensor:
         """Remove from ``heads`` (..., S, M, D) what all slots read alike, where the rule says so."""
-        if self.write_rule == 'published' or self.num_slots == 1:
+        if self.write_rule != 'distinct' or self.num_slots == 1:
             return heads
         return heads - heads.mean(dim=-2, keepdim=True)
 
@@ -311,7 +331,7 @@ class GlobalWorkspace(nn.Module):
     def copy_memory(self, h: Tensor) -> Tensor:
         """The copies (B, M, D) that the images of the tokens ``h`` (B, N, E) write: :meth:`write` for TorchScript."""
         S, memory = self.write_heads, self.memory.to(h.dtype)
-        queries = self.query(memory).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
+        queries = self.query(self._address(memory)).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
         keys = self.key(h).unflatten(-1, (S, -1)).permute(0, 2, 3, 1)  # (B, N, S*D) -> (B, S, D, N)
         values = self.value(h).unflatten(-1, (S, -1)).transpose(1, 2)  # (B, N, S*D) -> (B, S, N, D)
         logits = torch.matmul(queries, keys) / math.sqrt(self.slot_dim)
@@ -319,8 +339,8 @@ class GlobalWorkspace(nn.Module):
             lowest = logits.topk(self.bottleneck, dim=-1)[0].amin(dim=-1, keepdim=True)
             logits = logits.masked_fill(logits < lowest, -float('inf'))
         heads = self._centre(torch.matmul(logits.softmax(dim=-1), values))  # (B, S, M, D)
-        update = self.proj(heads.transpose(1, 2).flatten(2))  # (B, M, S*D) -> (B, M, D)
-        return self._average(memory, self.write_norm(update + memory))
+        new = self.proj(heads.transpose(1, 2).flatten(2)) + memory  # (B, M, S*D) -> (B, M, D)
+        return new if self.write_rule == 'additive' else self._average(memory, self.write_norm(new))
 
     def slots(self) -> Tensor:
         """The memory as it is read, (M, D): rows of unit length, whatever is stored.
@@ -359,7 +379,9 @@ class GlobalWorkspace(nn.Module):
             raise ValueError('DataParallel loses what its replicas write into the memory; use DistributedDataParallel')
         with torch.no_grad():
             memory = write.memory
-            if self.has_copies():
+            if self.write_rule == 'additive':
+                memory = write.before
+            elif self.has_copies():
                 memory = memory.sum(dim=0)  # its direction counts, its length does not
                 memory = F.normalize(sum_over_ranks(memory) if is_distributed() else memory, dim=-1)
                 memory = orthogonalise(memory) if self.write_rule == 'distinct' else memory
@@ -389,7 +411,7 @@ class GlobalWorkspace(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start from random slots N(0, 1) as the authors do, or from orthogonal ones, and from the initial scale."""
-        (nn.init.orthogonal_ if self.write_rule == 'distinct' else nn.init.normal_)(self.memory)
+        (nn.init.normal_ if self.write_rule == 'published' else nn.init.orthogonal_)(self.memory)
         if self.scale is not None:
             nn.init.constant_(self.scale, 1.0 if self.retrieval_scale is None else self.retrieval_scale)
 
@@ -410,7 +432,7 @@ class GlobalWorkspace(nn.Module):
             self.key: trains_gates,
             self.value: self.write_grad,
             self.proj: self.write_grad,
-            self.write_norm: self.write_grad,
+            self.write_norm: self.write_grad and self.write_rule != 'additive',
         }
         for layer, is_trained in trained.items():
             layer.requires_grad_(is_trained and self.write_mode != 'never')
