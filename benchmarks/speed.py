@@ -31,7 +31,7 @@ from measure import (
     table,
     time_sides,
 )
-from memory import IMAGE
+from memory import ADDITIVE, IMAGE
 from record import environment, write_record
 from timm.layers import Attention
 from timm.utils import reparameterize_model
@@ -43,6 +43,7 @@ from timm_ait import GlobalWorkspace
 Args = argparse.Namespace
 Case = tuple[str, Callable[[str], Row]]
 
+RULES = {'distinct': IMAGE, 'additive': ADDITIVE}  # of a memory for each image
 ROWS = ('inference', 'training', 'memory', 'depth', 'tokens', 'authors', 'image', 'attention')
 SIZES = ('small', 'medium', 'base')
 LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
@@ -187,16 +188,18 @@ def image_cases(args: Args) -> Iterator[Case]:
     """Compare a memory for each image with one for the batch, and with self-attention, for longer and longer images."""
     timed = time_with(args)
     kinds = (inference, training) if 'image' in args.rows else ()
-    for layout, size, batch, kind in product(args.layouts, args.sizes, args.batch_sizes, kinds):
-        builds = (partial(create, layout, size, **IMAGE), partial(create, layout, size))
+    for layout, size, batch, rule, kind in product(args.layouts, args.sizes, args.batch_sizes, args.rules, kinds):
+        builds = (partial(create, layout, size, **RULES[rule]), partial(create, layout, size))
         sides = tuple(partial(kind, build, batch, args) for build in builds)
-        name = f'{kind.__name__}, memory of each image / of the batch, {LAYOUTS[layout][size][0]}, batch {batch}'
+        model = LAYOUTS[layout][size][0]
+        name = f'{kind.__name__}, {rule} memory of each image / memory of the batch, {model}, batch {batch}'
         yield name, partial(timed, sides=sides, goal=None)
-    builds = (partial(GlobalWorkspace, WIDTH, 1, **IMAGE), partial(Attention, WIDTH, HEADS))
-    for tokens, is_training in product(args.image_tokens if 'attention' in args.rows else [], (False, True)):
+    lengths = args.image_tokens if 'attention' in args.rows else []
+    for tokens, rule, is_training in product(lengths, args.rules, (False, True)):
+        builds = (partial(GlobalWorkspace, WIDTH, 1, **RULES[rule]), partial(Attention, WIDTH, HEADS))
         sides = tuple(partial(layer_alone, build, 1, tokens, is_training, args) for build in builds)
         use = 'training' if is_training else 'inference'
-        name = f'speed in {use}, memory of an image / self-attention, {tokens} tokens'
+        name = f'speed in {use}, {rule} memory of an image / self-attention, {tokens} tokens'
         yield name, partial(timed, sides=sides, goal=None, at_least=True)
 
 
@@ -229,6 +232,7 @@ def parse(argv: list[str] | None = None) -> Args:
     parser.add_argument('--batch-sizes', nargs='+', type=int)
     parser.add_argument('--tokens', nargs='+', type=int, help=f'for a layer alone; multiples of {IMAGE_TOKENS}')
     parser.add_argument('--image-tokens', nargs='+', type=int, help='of one image, for rows "attention"')
+    parser.add_argument('--rules', nargs='+', choices=tuple(RULES), default=tuple(RULES), help='of such a memory')
     parser.add_argument('--rounds', type=int)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--peak-tflops', type=float, help='peak of the device, to print the share that is reached')

@@ -274,14 +274,15 @@ def check_a_sharded_run_goes_on_from_a_distributed_checkpoint(rank: int, world: 
 
 @on_every_rank
 def check_images_that_write_copies_move_one_memory_on_all_ranks(rank: int, world: int) -> None:
-    alone, shared = (make_model(write_scope='image', write_rule='distinct') for _ in range(2))
     images, _ = batch(7, size=world * 3 + 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, 'get_world_size', lambda: 1)
-        whole = alone(images)
-    part = shared(images.tensor_split(world)[rank])  # unequal parts
-    torch.testing.assert_close(part, whole.tensor_split(world)[rank], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(memories(shared), memories(alone), rtol=0, atol=1e-5)
+    for rule in ('distinct', 'additive'):
+        alone, shared = (make_model(write_scope='image', write_rule=rule) for _ in range(2))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, 'get_world_size', lambda: 1)
+            whole = alone(images)
+        part = shared(images.tensor_split(world)[rank])  # unequal parts
+        torch.testing.assert_close(part, whole.tensor_split(world)[rank], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(memories(shared), memories(alone), rtol=0, atol=1e-5)
 
 
 @on_every_rank

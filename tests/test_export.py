@@ -210,9 +210,12 @@ def test_a_training_model_that_never_writes_can_be_exported() -> None:
     assert_agrees(torch.export.export(model, (images(),)).module(), model, [TRACED])
 
 
+@pytest.mark.parametrize('rule', ['distinct', 'additive'])
 @pytest.mark.parametrize('exporter', ['export', 'script', 'onnx'])
-def test_images_that_write_copies_of_the_memory_are_exported_with_their_copies(exporter: str, tmp_path: Path) -> None:
-    model = make_model(depth=1, write_scope='image', write_rule='distinct').eval()
+def test_images_that_write_copies_of_the_memory_are_exported_with_their_copies(
+    exporter: str, rule: str, tmp_path: Path
+) -> None:
+    model = make_model(depth=1, write_scope='image', write_rule=rule).eval()
     before = memories(model)
     if exporter == 'export':
         assert_agrees(torch.export.export(model, (images(),), dynamic_shapes=({0: BATCH},)).module(), model)

@@ -38,6 +38,7 @@ def size(*img_size: int, **kwargs: Any) -> Change:
 # Keywords of the model, then what is done to it.
 CASES: dict[str, tuple[Any, ...]] = {
     'nothing': ({},),
+    'no self-attention': (dict(attention=False, write_rule='additive', write_scope='image'),),
     'write': (dict(write_rule='distinct', write_scope='image', write_mode='never', write_grad=False),),
     'memory': (dict(num_slots=3, slot_dim=7, beta=2.0, memory_decay=0.5, balance_weight=0.0, retrieval_steps=2),),
     'retrieval scale': (dict(retrieval_scale=0.0),),

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import speed
 from contenders import LoopedWorkspace, vit_like
 from measure import Row, Side, compare_bytes, peak_bytes, table, time_sides
-from memory import IMAGE
+from memory import ADDITIVE, IMAGE
 
 B, N, E, HIDDEN = 7, 11, 17, 19
 T = B * N
@@ -76,8 +76,9 @@ def test_the_benchmark_writes_every_row_of_the_table(measured: Path) -> None:
     names = [row['name'] for row in record['rows']]
     for start in ('inference', 'fused', 'training', 'peak memory', 'throughput', 'cost per token', 'speed in training'):
         assert any(name.startswith(start) for name in names), start
-    for part in ('memory of each image / of the batch', 'memory of an image / self-attention, 16 tokens'):
-        assert sum(part in name for name in names) == 2, part
+    for part in ('memory of each image / memory of the batch', 'memory of an image / self-attention, 16 tokens'):
+        for rule in ('distinct', 'additive'):
+            assert sum(f'{rule} {part}' in name for name in names) == 2, (rule, part)
     for row in record['rows']:
         numbers = [
             *row['ours'],
@@ -218,7 +219,9 @@ def test_training_takes_at_most_10_percent_more_memory_than_a_vit(write_grad: bo
     assert row.ratio <= 1.10, row
 
 
-@pytest.mark.parametrize(('kwargs', 'most'), [({}, 335), (IMAGE, 675)], ids=['published', 'image'])
+@pytest.mark.parametrize(
+    ('kwargs', 'most'), [({}, 335), (IMAGE, 675), (ADDITIVE, 400)], ids=['published', 'image', 'additive']
+)
 def test_a_training_step_of_a_layer_starts_few_operations(kwargs: dict[str, Any], most: int) -> None:
     """On a GPU their number, not their work, sets the pace of small batches. Views count here too."""
     layer, x = GlobalWorkspace(64, 64, **kwargs).train(), torch.randn(2, 16, 64, requires_grad=True)

@@ -373,3 +373,53 @@ def test_the_slots_that_additive_copies_start_from_stay(training: bool) -> None:
     before = layer.memory.clone()
     layer(tokens())
     assert torch.equal(layer.memory, before)
+
+
+# Blocks without self-attention
+
+FREE: dict[str, Any] = dict(attention=False, write_rule='additive', write_scope='image')
+
+
+def test_blocks_without_self_attention_train_every_parameter_compiled_and_checkpointed_too() -> None:
+    torch._dynamo.reset()
+    models = [make_model(**FREE) for _ in range(3)]
+    models[2].set_grad_checkpointing()
+    calls = [models[0], torch.compile(models[1], backend='aot_eager', fullgraph=True), models[2]]
+    for call in calls:
+        F.cross_entropy(call(images(4)), torch.arange(4)).backward()
+    gradients = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert all(grad is not None and grad.abs().max() > 0 for grad in gradients[0].values())
+    assert not any('attn' in name or 'norm1' in name for name in gradients[0])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
+def test_blocks_without_self_attention_are_scripted_and_exported() -> None:
+    model, x = make_model(**FREE).eval(), images(4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(64, 64)), dict(is_causal=True)], ids=['mask', 'causal'])
+def test_blocks_without_self_attention_take_no_mask(mask: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match='blocks without self-attention take no mask; leave out attn_mask'):
+        make_model(**FREE).eval()(images(1), **mask)
+
+
+def test_without_self_attention_additive_copies_mix_the_tokens_of_an_image_and_a_memory_of_the_batch_does_not() -> None:
+    x = images(2)
+    x[1] = x[0]
+    x[1, :, :4, :4] *= -1  # the first patch
+    moved = {}
+    for name, kwargs in {'additive': FREE, 'published': dict(attention=False)}.items():
+        with torch.no_grad():
+            features = make_model(**kwargs).eval().forward_features(x)
+        moved[name] = (features[0] - features[1]).abs().amax(dim=-1)[1:].max().item()  # of all other tokens
+    assert moved['published'] < 1e-5 < 1e-3 < moved['additive']
+
+
+def test_attention_is_a_truth_value() -> None:
+    with pytest.raises(ValueError, match="attention must be True or False, got 'False'"):
+        make_model(attention='False')

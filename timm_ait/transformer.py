@@ -22,7 +22,7 @@ from .layers import is_plain
 from .replay import snapshot
 from .workspace import GlobalWorkspace, MemoryWrite
 
-__all__ = ['AssociativeBlock', 'AssociativeTransformer', 'NormalizedPatchEmbed']
+__all__ = ['AssociativeBlock', 'AssociativeTransformer', 'AttentionFreeBlock', 'NormalizedPatchEmbed']
 
 register_notrace_module(GlobalWorkspace)
 register_notrace_module(FusedWorkspace)
@@ -123,6 +123,20 @@ class AssociativeBlock(Block):
         return x + self.drop_path2(self.ls2(update)), *write
 
 
+class AttentionFreeBlock(AssociativeBlock):
+    """The block without self-attention: the workspace alone mixes tokens, at a cost that is linear in their number."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm1, self.attn, self.ls1, self.drop_path1 = (nn.Identity() for _ in range(4))
+
+    def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """``x``: (B, N, E) -> (B, N, E)."""
+        if attn_mask is not None or is_causal:
+            raise ValueError('blocks without self-attention take no mask; leave out attn_mask and is_causal')
+        return x
+
+
 def _renamed(function: FunctionType, name: str) -> Any:
     """A copy of a function under another name. TorchScript knows no super(), and finds a method by its own name."""
     copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__)
@@ -144,6 +158,8 @@ class AssociativeTransformer(VisionTransformer):
         patch_size: As in timm.
         global_pool: One of timm's, or 'flatten': the classifier reads all tokens side by side, as in the paper.
         fc_norm: As in timm; with 'flatten' a LayerNorm over the flattened tokens unless False.
+        attention: Whether the blocks have self-attention. Without it a memory of the batch mixes no tokens of an image
+            in evaluation, and ``write_rule='additive'`` with ``write_scope='image'`` does.
         weight_init: As in timm; 'skip' leaves PyTorch's own initialisation, which is the authors'.
         **vit_args: Keywords of the workspaces, and of ``VisionTransformer``, which raises TypeError for unknown ones.
 
@@ -160,10 +176,13 @@ class AssociativeTransformer(VisionTransformer):
         patch_size: int | tuple[int, int] = 16,
         global_pool: str = 'token',
         fc_norm: bool | None = None,
+        attention: bool = True,
         weight_init: str = '',
         **vit_args: Any,
     ) -> None:
         _check_divisible(img_size, patch_size, vit_args.get('dynamic_img_pad', False))
+        if not isinstance(attention, bool):
+            raise ValueError(f'attention must be True or False, got {attention!r}')
         flatten = global_pool == 'flatten'
         if flatten:
             _check_fixed_tokens(vit_args.get('dynamic_img_size', False), vit_args.get('patch_drop_rate', 0.0))
@@ -174,7 +193,7 @@ class AssociativeTransformer(VisionTransformer):
             global_pool='' if flatten else global_pool,
             fc_norm=False if flatten else fc_norm,
             weight_init='skip',
-            block_fn=AssociativeBlock,
+            block_fn=AssociativeBlock if attention else AttentionFreeBlock,
             mlp_layer=partial(self.workspace_layer, **workspace_args),
             **vit_args,
         )
