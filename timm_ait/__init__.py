@@ -6,7 +6,7 @@ from .hopfield import HopfieldRetrieval, hopfield_energy
 from .memory import load_memory, save_memory
 from .relational import RelationalTransformer  # and registers the models
 from .report import BlockReport, format_report, memory_report
-from .transformer import AssociativeBlock, AssociativeTransformer, NormalizedPatchEmbed
+from .transformer import AssociativeBlock, AssociativeTransformer, AttentionFreeBlock, NormalizedPatchEmbed
 from .workspace import GlobalWorkspace
 
 __version__ = '0.2.0.dev0'
@@ -14,6 +14,7 @@ __version__ = '0.2.0.dev0'
 __all__ = [
     'AssociativeBlock',
     'AssociativeTransformer',
+    'AttentionFreeBlock',
     'BlockReport',
     'GlobalWorkspace',
     'HopfieldRetrieval',
