@@ -30,7 +30,7 @@ def test_a_variant_differs_from_no_memory_in_what_it_adds_alone(variant: str) ->
     before = [block.mlp.memory.clone() for block in model.blocks]
     model.train()(x)
     is_moved = [not torch.equal(block.mlp.memory, old) for block, old in zip(model.blocks, before, strict=True)]
-    assert is_moved == [not variant.startswith(('none', 'registers', 'frozen'))] * 2
+    assert is_moved == [not variant.startswith(('none', 'registers', 'frozen', 'additive'))] * 2
 
 
 def test_without_attention_and_memory_no_token_sees_another_and_a_memory_of_the_image_changes_that() -> None:
@@ -38,13 +38,13 @@ def test_without_attention_and_memory_no_token_sees_another_and_a_memory_of_the_
     changed = x.clone()
     changed[..., :4, :4] += 1  # the first patch
     seen = {}
-    for variant in ('none', 'image'):
+    for variant in ('none', 'image', 'additive'):
         torch.manual_seed(0)
         model = memory.create(variant, attention=False, width=32, depth=2).eval()
         with torch.no_grad():
             difference = (model.forward_features(x) - model.forward_features(changed)).abs().amax(dim=-1)[0]
         seen[variant] = int((difference > 1e-6).sum())
-    assert seen == {'none': 1, 'image': 64}
+    assert seen == {'none': 1, 'image': 64, 'additive': 64}
 
 
 def test_no_memory_is_the_layer_norm_of_the_feed_forward_part() -> None:
