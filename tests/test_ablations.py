@@ -80,7 +80,7 @@ def test_stem_and_head_are_those_of_the_baselines(question_dim: int, head: str) 
 
 @pytest.mark.parametrize('name', ablations.ABLATIONS)
 def test_the_memory_moves_in_training_unless_it_is_frozen_or_absent(name: str) -> None:
-    assert memory_moves(tiny(name)) == (not name.endswith(('_frozen', '_no_memory')))
+    assert memory_moves(tiny(name)) == (not name.endswith(('_frozen', '_no_memory', '_additive')))
 
 
 def test_a_detached_write_gets_no_gradient_of_the_task() -> None:
@@ -101,7 +101,7 @@ def test_without_bottleneck_every_slot_reads_every_token() -> None:
 
 @pytest.mark.parametrize('name', ablations.ABLATIONS)
 def test_in_evaluation_only_self_attention_and_a_memory_of_the_image_mix_tokens(name: str) -> None:
-    mixes = 'no_attention' not in name or name.endswith('_image')
+    mixes = 'no_attention' not in name or name.endswith(('_image', '_additive'))
     model = tiny(name).eval()
     changed = images()
     changed[:, :, :PATCH, :PATCH] *= -1  # the first patch
