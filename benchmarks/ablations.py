@@ -37,7 +37,7 @@ class ResetMemory(GlobalWorkspace):
 
     def start_epoch(self) -> None:
         """Forget; `loop.py` calls this."""
-        (nn.init.orthogonal_ if self.write_rule == 'distinct' else nn.init.normal_)(self.memory)
+        self.reset_memory()
 
 
 class OrthogonalMemory(GlobalWorkspace):

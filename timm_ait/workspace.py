@@ -410,10 +410,14 @@ class GlobalWorkspace(nn.Module):
         return self.memory.new_zeros(()) if loss is None else hand_out(loss)
 
     def reset_parameters(self) -> None:
-        """Start from random slots N(0, 1) as the authors do, or from orthogonal ones, and from the initial scale."""
-        (nn.init.normal_ if self.write_rule == 'published' else nn.init.orthogonal_)(self.memory)
+        """Start from the first memory, and from the initial scale."""
+        self.reset_memory()
         if self.scale is not None:
             nn.init.constant_(self.scale, 1.0 if self.retrieval_scale is None else self.retrieval_scale)
+
+    def reset_memory(self) -> None:
+        """Forget: random slots N(0, 1) as the authors have them, or orthogonal ones with another rule than theirs."""
+        (nn.init.normal_ if self.write_rule == 'published' else nn.init.orthogonal_)(self.memory)
 
     def init_weights(self) -> None:
         """Initialise what the paper adds to a feed-forward layer as the authors do: by PyTorch's defaults.
