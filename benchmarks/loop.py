@@ -45,6 +45,7 @@ class Settings:
         clip: Largest norm of the gradient; None for no limit.
         flip: Mirror every image with probability 1/2.
         shift: Move every image by up to so many pixels in x and y; its edge is reflected.
+        turn: Turn every image by 0, 90, 180 or 270 degrees. With ``flip``, one of the eight symmetries of a square.
         mean: Of the pixels, for each channel; pixels lie in 0..1.
         std: Standard deviation of the pixels, for each channel.
         seed: Of the order of the images, the augmentation and the model's dropout.
@@ -64,6 +65,7 @@ class Settings:
     clip: float | None = 1.0
     flip: bool = True
     shift: int = 2
+    turn: bool = False
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     seed: int = 0
@@ -187,6 +189,8 @@ class Run:
         images, *others, labels = (x.to(self.device, non_blocking=True) for x in batch)
         if settings.flip or settings.shift:
             images = augment(images, settings.flip, settings.shift)
+        if settings.turn:
+            images = turn(images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bfloat16):
             logits = self.model(normalize(images, settings), *others)
             loss = F.cross_entropy(logits, labels)
@@ -270,6 +274,13 @@ def augment(images: Tensor, flip: bool, shift: int) -> Tensor:
         x = torch.where(torch.rand(B, 1).to(x.device) < 0.5, x, x.flip(-1))
     image = torch.arange(B, device=images.device)[:, None, None]
     return images.permute(0, 2, 3, 1)[image, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+
+
+def turn(images: Tensor) -> Tensor:
+    """Turn each of the square images (B, C, H, H) by 0, 90, 180 or 270 degrees."""
+    turned = torch.stack([images.rot90(quarters, dims=(-2, -1)) for quarters in range(4)])
+    image = torch.arange(len(images), device=images.device)
+    return turned[torch.randint(4, (len(images),)).to(images.device), image]
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from loop import Data, OutOfTimeError, Settings, evaluate, fit, load
 from memory import T, format_gains, gains, interval, top1_of
 from record import write_record
+from timm.optim import list_optimizers
 from torch import nn
 
 from timm_ait.datasets import AssociativeRecall, SortOfClevr, Triangle
@@ -100,6 +101,7 @@ SETTINGS = (
     *('table', 'train', 'test', 'width', 'depth', 'mlp_ratio', 'head', 'pos_embed'),
     *('batch_size', 'lr', 'weight_decay', 'bfloat16'),
 )
+WHERE_GIVEN = ('heads', 'opt', 'turn')  # later settings, which do not rename the results that came before them
 OF_ONE_TABLE = {'sort_of_clevr': ('questions',), 'recall': ('grid', 'pairs', 'joined')}
 
 
@@ -127,7 +129,7 @@ def create(row: str, args: argparse.Namespace) -> nn.Module:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides a result, apart from row and seed."""
     length = 'epochs' if args.steps is None else 'steps'
-    given = () if args.heads is None else ('heads',)
+    given = [name for name in WHERE_GIVEN if getattr(args, name)]
     return {name: getattr(args, name) for name in (*SETTINGS, *given, length, *OF_ONE_TABLE.get(args.table, ()))}
 
 
@@ -158,8 +160,10 @@ def train(row: str, seed: int, args: argparse.Namespace, data: Data, deadline: f
         epochs=args.epochs,
         steps=args.steps,
         batch_size=args.batch_size,
+        opt=args.opt or Settings.opt,
         weight_decay=args.weight_decay,
-        flip=task.augment,
+        flip=task.augment or args.turn,
+        turn=args.turn,
         shift=4 if task.augment else 0,
         seed=seed,
         bfloat16=args.bfloat16,
@@ -258,6 +262,7 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
     parser.add_argument('--minutes', type=float, help='stop after so many, to go on at the next call')
     parser.add_argument('--questions', choices=('all', *KINDS), default='binary', help='of sort_of_clevr')
+    parser.add_argument('--turn', action='store_true', help='turn and mirror training scenes; for binary questions')
     parser.add_argument('--grid', type=int, default=16, help='patches a side of recall')
     parser.add_argument('--pairs', type=int, default=8, help='of recall')
     parser.add_argument('--joined', action='store_true', help='key and value of recall stand in one patch')
@@ -272,6 +277,7 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument('--epochs', type=int, default=10)
     parser.add_argument('--steps', type=int, help='instead of epochs')
     parser.add_argument('--batch-size', type=int)
+    parser.add_argument('--opt', choices=list_optimizers(), metavar='OPT', help='as timm calls it; adamw by default')
     parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--weight-decay', type=float, default=0.05)
     parser.add_argument('--bfloat16', action='store_true')
@@ -306,6 +312,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error('give a table, or --show')
         if args.heads is not None and (args.width is None or args.heads < 1 or args.width % args.heads):
             parser.error('give --heads, at least 1, together with --width, which it must divide')
+        if args.turn and (args.table != 'sort_of_clevr' or args.questions != 'binary'):
+            parser.error('--turn is for sort_of_clevr --questions binary: other answers change as the scene turns')
         run_all(complete(args, argv))
     except ValueError as error:
         parser.error(str(error))

@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from timm_ait import datasets
 from timm_ait.datasets import AssociativeRecall, SortOfClevr, Triangle, write_folders
-from timm_ait.sort_of_clevr import COLOURS, KINDS, answer_questions
+from timm_ait.sort_of_clevr import COLOURS, KINDS, SIZE, answer_questions, draw_centres, draw_questions, paint_scene
 
 YES, NO, RECTANGLE, CIRCLE = range(4)
 
@@ -126,6 +126,21 @@ def test_questions_are_of_the_kinds_asked_for_and_colours_and_subtypes_equally_f
     assert torch.equal(question, only.questions[1, 0])
     assert answer == only.answers[1, 0]
     assert len(only) == len([*only]) == 60
+
+
+def test_binary_answers_stay_as_a_scene_is_turned_and_mirrored() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        centres, squares, questions = draw_centres(rng), rng.random(6) < 0.5, draw_questions(rng)
+        image, others = paint_scene(centres, squares), {'mirrored': centres * [-1, 1] + [SIZE - 1, 0]}
+        others['swapped'] = centres[:, ::-1]
+        np.testing.assert_array_equal(paint_scene(others['mirrored'], squares), image[:, ::-1])
+        np.testing.assert_array_equal(paint_scene(others['swapped'], squares), image.transpose(1, 0, 2))
+        answers = [
+            answer_questions(places[None], squares[None], questions[None, 1]) for places in (centres, *others.values())
+        ]
+        np.testing.assert_array_equal(answers[0], answers[1])
+        np.testing.assert_array_equal(answers[0], answers[2])
 
 
 def test_pixels_of_a_scene_are_those_of_its_objects() -> None:

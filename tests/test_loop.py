@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import loop
-from loop import Settings, augment, evaluate, fit, normalize
+from loop import Settings, augment, evaluate, fit, normalize, turn
 
 N, CLASSES, SIDE, BATCH = 23, 3, 8, 5
 PER_EPOCH = N // BATCH  # 4 batches; 3 images of an epoch are left out
@@ -268,3 +268,12 @@ def test_half_of_the_images_are_mirrored() -> None:
     mirrored = (y == x.flip(-1)).flatten(1).all(1)
     assert torch.equal(mirrored, ~(y == x).flatten(1).all(1))
     assert 400 < mirrored.sum() < 600
+
+
+def test_each_image_is_turned_by_its_own_quarters() -> None:
+    x = torch.arange(9).view(3, 3).expand(1000, 2, 3, 3)
+    torch.manual_seed(0)
+    y = turn(x)
+    matches = torch.stack([(y == x.rot90(quarters, dims=(-2, -1))).flatten(1).all(1) for quarters in range(4)])
+    assert torch.equal(matches.sum(0), torch.ones(1000, dtype=torch.long))
+    assert 200 < matches.sum(1).min()

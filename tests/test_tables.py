@@ -78,6 +78,7 @@ def test_cifar10_runs_resumes_and_is_shown(
     'table',
     [
         ['sort_of_clevr', '--questions', 'binary'],
+        ['sort_of_clevr', '--questions', 'binary', '--turn'],
         ['sort_of_clevr', '--questions', 'all'],
         ['triangle', '--steps', '3'],
         ['recall', '--grid', '4', '--pairs', '2'],
@@ -164,6 +165,9 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'together with --width': ['triangle', '--heads', '4'],
         'give --heads, at least 1': ['triangle', '--width', '64', '--heads', '0'],
         'which it must divide': ['triangle', '--width', '64', '--heads', '3'],
+        'other answers change': ['sort_of_clevr', '--questions', 'all', '--turn'],
+        'for sort_of_clevr --questions binary': ['triangle', '--turn'],
+        "invalid choice: 'no_such_optimizer'": ['triangle', '--opt', 'no_such_optimizer'],
         'lower batch_size': ['triangle', *TOY, '--batch-size', '21'],
     }
     for message, arguments in wrong.items():
@@ -240,11 +244,12 @@ def test_a_published_result_is_found_again_by_its_command() -> None:
         assert tables.title(args, record['row'], record['seed']) == path.stem
 
 
-def test_the_number_of_heads_makes_another_run() -> None:
+def test_the_number_of_heads_and_the_optimizer_make_another_run() -> None:
     def parse(*words: str) -> Any:
         return tables.complete(tables.make_parser().parse_args(['recall', '--width', '64', *words]), [])
 
     with torch.device('meta'):
         heads = [tables.create('ait', args).blocks[0].attn.num_heads for args in (parse(), parse('--heads', '4'))]
     assert heads == [1, 4]
-    assert tables.title(parse(), 'ait', 1) != tables.title(parse('--heads', '4'), 'ait', 1)
+    titles = {tables.title(parse(*words), 'ait', 1) for words in ((), ('--heads', '4'), ('--opt', 'muon'))}
+    assert len(titles) == 3
