@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from baselines import LIKE_VIT_B, Baseline, Head, Stem
-from memory import ADDITIVE, IMAGE, NoAttention, NoMemory
+from memory import ADDITIVE, IMAGE, NoMemory
 from mixers import CrossAttention, ViT
 from torch import Tensor, nn
 
@@ -62,11 +62,6 @@ class RegisterViT(ViT):
         return self.blocks(torch.cat([registers, x], dim=1))[:, len(self.registers) :], x.new_zeros(())
 
 
-def drop_attention(block: Any) -> None:
-    """Leave out self-attention and its norm."""
-    block.norm1, block.attn = nn.Identity(), NoAttention()
-
-
 def add_cross_attention(block: Any) -> None:
     """Put a cross-attention in the place of the linear transform, which nothing reads then."""
     block.mlp.linear_transform.requires_grad_(False)
@@ -105,9 +100,10 @@ ABLATIONS: dict[str, Ablation] = {
 }
 ABLATIONS |= {
     f'ait_no_attention{name.removeprefix("ait")}': replace(
-        ABLATIONS[name], text=f'no self-attention; {ABLATIONS[name].text}', change=drop_attention
+        ablation, text=f'no self-attention; {ablation.text}', args=dict(ablation.args, attention=False)
     )
-    for name in ('ait', 'ait_no_memory', 'ait_frozen', 'ait_distinct', 'ait_image', 'ait_additive')
+    for name, ablation in ABLATIONS.items()
+    if name in ('ait', 'ait_no_memory', 'ait_frozen', 'ait_distinct', 'ait_image', 'ait_additive')
 }
 NAMES = (*ABLATIONS, REGISTERS)
 

@@ -63,14 +63,6 @@ class WholeCopy(GlobalWorkspace):
         return F.normalize(new, dim=-1)
 
 
-class NoAttention(nn.Module):
-    """In the place of self-attention: nothing."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Zeros (B, N, E)."""
-        return torch.zeros_like(x)
-
-
 FROZEN: dict[str, Any] = dict(write_mode='never', write_rule='distinct')
 IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_decay=0.5)
 ADDITIVE: dict[str, Any] = dict(write_rule='additive', write_scope='image')
@@ -107,11 +99,7 @@ def create(variant: str, attention: bool, width: int, depth: int) -> Associative
     """
     layer, workspace = VARIANTS[variant]
     model_class = type('Variant', (AssociativeTransformer,), {'workspace_layer': layer})
-    model = model_class(embed_dim=width, depth=depth, **SHAPE, **{**WORKSPACE, **workspace})
-    if not attention:
-        for block in model.blocks:
-            block.attn = NoAttention()
-    return model
+    return model_class(embed_dim=width, depth=depth, attention=attention, **SHAPE, **{**WORKSPACE, **workspace})
 
 
 def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int) -> dict[str, Any]:
