@@ -428,7 +428,7 @@ def test_under_autocast_selection_softmax_and_memory_stay_in_float32(dtype: torc
         loss = layer.balance_loss()
     dtypes = {
         name: {d for n, _, d in recorder.outputs if n == name and d.is_floating_point}
-        for name in ('topk', 'logsumexp', 'scatter_add', 'lerp')
+        for name in ('topk', 'logsumexp', 'scatter_add_', 'lerp')
     }
     assert set(dtypes) == {name for name, seen in dtypes.items() if seen == {torch.float32}}, dtypes
     gates = {d for name, shape, d in recorder.outputs if name == '_softmax' and shape[-1] == K}

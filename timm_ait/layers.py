@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['OutputNorm', 'call_wide', 'is_plain', 'orthogonalise', 'without_autocast']
+__all__ = ['OutputNorm', 'call_wide', 'is_plain', 'orthogonalise', 'unit_rows', 'without_autocast']
 
 PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d)
 
@@ -54,6 +54,14 @@ def call_wide(layer: Any, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype))
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows (..., D) brought to length 1; zeros stay zeros.
+
+    On a GPU these are four operations, forward and backward, where those of ``F.normalize`` are seventeen.
+    """
+    return F.rms_norm(x, x.shape[-1:], eps=1e-24) * x.shape[-1] ** -0.5
+
+
 def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:
     """Turn slots (..., M, D) towards the nearest orthogonal ones, by Newton-Schulz iterations, with unit rows.
 
@@ -66,4 +74,4 @@ def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:
     x = x / bound.unsqueeze(-1).unsqueeze(-1)
     for _ in range(steps):
         x = torch.baddbmm(x, torch.bmm(x, x.transpose(1, 2)), x, beta=1.5, alpha=-0.5)
-    return F.normalize(x, dim=-1).view(slots.shape)
+    return unit_rows(x).view(slots.shape)

@@ -117,9 +117,10 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
     if num_tokens == 1:
         return gates.new_zeros(())
 
-    shares = torch.stack((gates, (gates > 0).to(gates.dtype))).flatten(-2)  # (2, ..., S, M, k) -> (2, ..., S, M*k)
+    shares = torch.stack((gates, gates.detach().sign())).flatten(-2)  # (2, ..., S, M, k) -> (2, ..., S, M*k)
     zeros = shares.new_zeros(*shares.shape[:-1], num_tokens)
-    variance, mean = torch.var_mean(zeros.scatter_add(-1, tokens.flatten(-2).expand_as(shares), shares), dim=-1)
+    variance, mean = torch.var_mean(zeros.scatter_add_(-1, tokens.flatten(-2).expand_as(shares), shares), dim=-1)
+    mean = mean.detach()  # M / T for any gates, since those of a slot sum to 1
     return (variance / (mean.square() + 1e-10)).sum(dim=(0, -1)).mean()  # (2, ..., S) -> (...) -> ()
 
 
@@ -135,10 +136,13 @@ class _TopLogits(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         queries, tokens, _ = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or zeros would be made for the indices
         ctx.save_for_backward(queries, tokens, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
         queries, tokens, selected = ctx.saved_tensors
         needs_queries, needs_tokens, _ = ctx.needs_input_grad
         narrow = grad.to(tokens.dtype)

@@ -23,7 +23,7 @@ from .balance import attach, hand_out, is_backward_running
 from .distributed import is_distributed, merge_ranks, sum_over_ranks
 from .fused import FusedWorkspace
 from .hopfield import HopfieldRetrieval
-from .layers import OutputNorm, call_wide, is_plain, orthogonalise, without_autocast
+from .layers import OutputNorm, call_wide, is_plain, orthogonalise, unit_rows, without_autocast
 from .replay import Replay, snapshot
 from .selection import Selection, gather, gather_per_image, load_balance_loss, top_logits, top_logits_per_image
 
@@ -320,8 +320,8 @@ class GlobalWorkspace(nn.Module):
     def _average(self, memory: Tensor, update: Tensor) -> Tensor:
         """Moving average of the memory (M, D) and ``update`` (..., M, D), with unit rows."""
         if self.write_rule == 'distinct':
-            update = F.normalize(update, dim=-1)
-        new = F.normalize(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay), dim=-1)
+            update = unit_rows(update)
+        new = unit_rows(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay))
         return orthogonalise(new) if self.write_rule == 'distinct' else new
 
     def has_copies(self) -> bool:
