@@ -256,12 +256,12 @@ class GlobalWorkspace(nn.Module):
         """The slots (M, D) as W_Q reads them.
 
         Rows of length 1 give logits with a standard deviation of 0.06 at the start: all slots of an image read its mean
-        token, and training does not part them. The rule 'additive' makes it 1: sqrt(D) brings a row's elements to unit
+        token, and training does not part them. The rule 'additive' makes it 1: the norm brings a row's elements to unit
         variance, and 3 makes up for the variance of 1/3 that W_Q and W_K leave of it as PyTorch initialises them.
         """
         if self.write_rule != 'additive':
             return memory
-        return 3 * math.sqrt(self.slot_dim) * F.normalize(memory, dim=-1)
+        return 3 * F.rms_norm(memory, [self.slot_dim], eps=1e-24)
 
     def attend(self, selection: Selection, h: Tensor, values: Tensor | None = None) -> Tensor:
         """What each head reads for each slot, ``sum_j g_j W_V h_j = W_V sum_j g_j h_j``.
