@@ -1,4 +1,4 @@
-"""The output norm under autocast, and which layers may be read without a call."""
+"""The output norm under autocast, rows of unit length, and which layers may be read without a call."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from timm_ait.layers import OutputNorm, is_plain
+from timm_ait.layers import OutputNorm, is_plain, unit_rows
 
 N, E = 7, 5
 
@@ -24,6 +24,23 @@ def test_the_output_norm_answers_in_the_dtype_of_its_input_under_autocast(dtype:
         h = norm(f)
     assert h.dtype == dtype
     torch.testing.assert_close(h.float(), F.layer_norm(f.float(), (E,)), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16])
+def test_rows_get_unit_length_whatever_their_size_and_zeros_stay_zeros(dtype: torch.dtype) -> None:
+    x = draw(3, N, E).to(dtype)
+    x[0] *= 1e-3
+    x[1, 0] = 0
+    rows = unit_rows(x)
+    assert rows.dtype == dtype
+    torch.testing.assert_close(rows, F.normalize(x.double(), dim=-1).to(dtype))
+    assert torch.equal(rows[1, 0], torch.zeros(E, dtype=dtype))
+
+
+def test_the_derivatives_of_unit_rows_are_those_of_finite_differences() -> None:
+    x = draw(N, E).double().requires_grad_()
+    assert torch.autograd.gradcheck(unit_rows, x)
+    assert torch.autograd.gradgradcheck(unit_rows, x)
 
 
 @pytest.mark.parametrize('make', [lambda: nn.Linear(3, 5), lambda: nn.LayerNorm(3), lambda: nn.Conv2d(2, 3, 5)])

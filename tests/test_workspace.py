@@ -113,6 +113,17 @@ def test_the_balance_loss_of_two_tokens(gates: list[Any], chosen: list[Any], los
     assert load_balance_loss(selection, num_tokens=2).item() == pytest.approx(loss)
 
 
+def test_the_gradient_of_the_balance_loss_is_that_of_the_formula_whatever_the_logits() -> None:
+    S, M, k, T = 2, 5, 3, 7
+    logits = torch.randn(S, M, k, dtype=torch.float64, requires_grad=True)
+    tokens = torch.stack([torch.randperm(T)[:k] for _ in range(S * M)]).view(S, M, k)
+    gates = logits.softmax(dim=-1)
+    (gradient,) = torch.autograd.grad(load_balance_loss(Selection(gates, tokens, torch.zeros(())), T), logits)
+    importance = (F.one_hot(tokens, T) * logits.softmax(dim=-1).unsqueeze(-1)).sum(dim=(1, 2))  # (S, M, k, T) -> (S, T)
+    formula = (importance.var(dim=-1) / importance.mean(dim=-1).square()).sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(formula, logits)[0])
+
+
 def test_a_write_keeps_nine_tenths_and_normalises() -> None:
     layer = GlobalWorkspace(3, num_slots=1, slot_dim=2, write_heads=1)
     nn.init.eye_(layer.proj.weight)

@@ -107,7 +107,7 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
     ``importance_j = sum_m g_mj`` and ``load_j = #{m : g_mj > 0}``; the load has no gradient.
 
     Args:
-        selection: What the slots attend to.
+        selection: What the slots attend to. The gates of a slot sum to 1, so that the mean importance has no gradient.
         num_tokens: T, tokens that compete.
 
     Returns:
