@@ -57,7 +57,8 @@ def call_wide(layer: Any, x: Tensor) -> Tensor:
 def unit_rows(x: Tensor) -> Tensor:
     """Rows (..., D) brought to length 1; zeros stay zeros.
 
-    PyTorch has one operation each way for the norm on a GPU; ``F.normalize`` is many small ones.
+    For what is trained: PyTorch has one operation each way for this norm on a GPU, and many for ``F.normalize``.
+    Without gradients ``F.normalize`` is the shorter one on a CPU.
     """
     return F.rms_norm(x, x.shape[-1:], eps=1e-24) * x.shape[-1] ** -0.5
 
