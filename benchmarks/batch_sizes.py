@@ -17,10 +17,9 @@ import tables
 import timm
 import torch
 from contenders import LoopedWorkspace
-from loop import Data, Settings, evaluate, normalize
+from loop import Data, Settings, accuracy, predict
 from record import write_record
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
 from timm_ait import GlobalWorkspace  # and registers the models
 from timm_ait.card import batch_table
@@ -55,22 +54,6 @@ def looped(ours: GlobalWorkspace) -> LoopedWorkspace:
     return layer.to(ours.memory.device)
 
 
-@torch.inference_mode()
-def logits_of(model: nn.Module, data: Data, settings: Settings, batch_size: int) -> Tensor:
-    """Logits (N, num_classes) of all images, in batches."""
-    device = next(model.parameters()).device
-    count = len(data[-1]) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
-    found = []
-    for start in range(0, count, batch_size):
-        indices = range(start, min(start + batch_size, count))
-        if isinstance(data, Dataset):
-            images, *others, _ = torch.utils.data.default_collate([data[i] for i in indices])
-        else:
-            images, *others, _ = (x[start : start + batch_size] for x in data)
-        found.append(model(normalize(images.to(device), settings), *(x.to(device) for x in others)))
-    return torch.cat(found)
-
-
 def measure(model: nn.Module, data: Data, settings: Settings) -> dict[str, dict[str, float]]:
     """Accuracy in percent, and the largest difference of a logit to those at the first batch size, by batch size.
 
@@ -79,18 +62,20 @@ def measure(model: nn.Module, data: Data, settings: Settings) -> dict[str, dict[
     found: dict[str, dict[str, float]] = {}
     first = None
     for batch_size in BATCH_SIZES:
-        top1 = evaluate(copy.deepcopy(model), data, settings, batch_size)
-        logits = logits_of(copy.deepcopy(model).eval(), data, settings, batch_size)
+        logits, labels = predict(copy.deepcopy(model), data, settings, batch_size)
         first = logits if first is None else first
-        found[str(batch_size)] = {'top1': top1, 'difference': (logits - first).abs().max().item()}
+        found[str(batch_size)] = {
+            'top1': accuracy(logits, labels),
+            'difference': (logits - first).abs().max().item(),
+        }
     return found
 
 
-def load(name: str) -> tuple[nn.Module, Settings, list[Any]]:
-    """A model with its pretrained weights, how its images are normalized, and no log of a training run."""
+def load(name: str) -> tuple[nn.Module, Settings]:
+    """A model with its pretrained weights, and how its images are normalized."""
     model = timm.create_model(name, pretrained=True)
     pixels = timm.data.resolve_model_data_config(model)
-    return model, Settings(lr=0.0, mean=pixels['mean'], std=pixels['std']), []
+    return model, Settings(lr=0.0, mean=pixels['mean'], std=pixels['std'])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,19 +90,20 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     (seed,), data = args.seeds, tables.TASKS[args.table].data
     arguments = tables.settings_of(args)
+    training: dict[str, Any] = {}
     try:
         if args.weights is None:
-            trained = tables.train('ait', seed, args, data(args, 'train', args.train))
+            model, settings, fitted, _ = tables.train('ait', seed, args, data(args, 'train', args.train))
+            training = fitted.record()
         else:
-            trained = load(args.weights)
+            model, settings = load(args.weights)
             arguments = {'table': args.table, 'test': args.test, 'weights': args.weights}
         test = data(args, 'test', args.test)
     except ValueError as error:
         parser.error(str(error))
-    model, settings = trained[0].eval(), trained[1]
     found = {'ours': measure(model, test, settings), "the authors' way": measure(loop_heads(model), test, settings)}
     print(batch_table(found))
-    results = {'seed': seed, 'batch_sizes': found, 'log': trained[2], 'command': args.command}
+    results = {'seed': seed, 'batch_sizes': found, 'command': args.command, **training}
     write_record(args.out / 'batch_sizes.json', arguments, results)
 
 

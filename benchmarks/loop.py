@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import commit
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ def fit(
     workers: int = 0,
     name: str = '',
     deadline: float | None = None,
-) -> list[dict[str, float]]:
+) -> 'Run':
     """Train a classifier. If the checkpoint exists, go on from there.
 
     Args:
@@ -113,7 +114,7 @@ def fit(
         deadline: When to stop before the end, after a step and a checkpoint; seconds of ``time.monotonic``.
 
     Returns:
-        For each epoch, the mean training loss and the training accuracy in percent.
+        The run, at its last step.
 
     Raises:
         OutOfTimeError: At the deadline, unless that step was the last.
@@ -148,7 +149,8 @@ def fit(
                         save(run.state(), checkpoint)
                     raise OutOfTimeError(f'stopped after step {run.step} of {run.steps}')
         bar.close()
-    return run.log
+    run.seconds = run._elapsed()
+    return run
 
 
 def start_epoch(model: nn.Module) -> None:
@@ -159,7 +161,13 @@ def start_epoch(model: nn.Module) -> None:
 
 
 class Run:
-    """A training run: its state, one step, and the way to save and load it."""
+    """A training run: its state, one step, and the way to save and load it.
+
+    Attributes:
+        log: For each epoch, the mean training loss and the training accuracy in percent.
+        seconds: How long it has taken, over all its sittings, up to the last end of one.
+        commits: Of the code of each sitting that trained.
+    """
 
     def __init__(self, model: nn.Module, settings: Settings, steps: int, images: int) -> None:
         self.model, self.settings, self.steps = model.train(), settings, steps
@@ -179,6 +187,8 @@ class Run:
         )
         self.step = 0
         self.log: list[dict[str, float]] = []
+        self.seconds, self._start = 0.0, time.monotonic()
+        self.commits = [commit()]
         self.device = next(model.parameters()).device
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct images, images
 
@@ -218,12 +228,21 @@ class Run:
             'identity': self.identity,
             'step': self.step,
             'log': self.log,
+            'seconds': self._elapsed(),
+            'commits': self.commits,
             'sums': self.sums,
             'model': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
             'cpu_rng': torch.get_rng_state(),
             'cuda_rng': torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None,
         }
+
+    def record(self) -> dict[str, Any]:
+        """Return what is written beside a result."""
+        return {'log': self.log, 'seconds': round(self.seconds, 2), 'commits': self.commits}
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self._start
 
     def _check(self) -> None:
         loss = self.sums[0].item()
@@ -241,7 +260,9 @@ class Run:
         differ = [f'{key}={saved.get(key)}' for key, value in self.identity.items() if saved.get(key) != value]
         if differ:
             raise ValueError(f'{path} is of a run with {", ".join(differ)}; use the same settings or remove the file')
-        self.step, self.log = state['step'], state['log']
+        self.step, self.log, self.seconds = state['step'], state['log'], state['seconds']
+        here = self.commits if self.step < self.steps else []
+        self.commits = list(dict.fromkeys(state['commits'] + here))
         self.sums.copy_(state['sums'])
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
@@ -250,18 +271,30 @@ class Run:
             torch.cuda.set_rng_state(state['cuda_rng'], self.device)
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, data: Data, settings: Settings, batch_size: int = 250, workers: int = 0) -> float:
     """Measure the top-1 accuracy, in percent. The model is left in evaluation mode."""
+    return accuracy(*predict(model, data, settings, batch_size, workers))
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of the images whose highest logit (N, C) is that of their label (N,), in percent."""
+    return 100 * (logits.argmax(dim=-1) == labels).double().mean().item()
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, data: Data, settings: Settings, batch_size: int = 250, workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) and labels (N,) of all images, in their order. The model is left in evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
-    correct = torch.zeros((), dtype=torch.long, device=device)
+    found = []
     for batch in _load(data, torch.arange(_count(data)), batch_size, workers, torch.Generator()):
         images, *others, labels = (x.to(device) for x in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            logits = model(normalize(images, settings), *others)
-        correct += (logits.argmax(dim=-1) == labels).sum()
-    return 100 * correct.item() / _count(data)
+            found.append((model(normalize(images, settings), *others), labels))
+    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logits, labels
 
 
 def augment(images: Tensor, flip: bool, shift: int) -> Tensor:

@@ -11,13 +11,12 @@ import argparse
 import json
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from loop import Settings, evaluate, fit, load
+from loop import OutOfTimeError, Settings, evaluate, fit, load
 from record import write_record
 from torch import Tensor, nn
 
@@ -68,6 +67,7 @@ IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_
 ADDITIVE: dict[str, Any] = dict(write_rule='additive', write_scope='image')
 VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
     'none': (NoMemory, dict(write_mode='never')),
+    'wider_mlp': (NoMemory, dict(write_mode='never', mlp_ratio=3.375)),  # as many trained parameters as 'additive'
     'registers': (NoMemory, dict(write_mode='never', reg_tokens=32)),
     'frozen': (GlobalWorkspace, FROZEN),
     'frozen_wide': (WideGain, FROZEN),
@@ -81,10 +81,16 @@ VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
     'additive': (GlobalWorkspace, ADDITIVE),
     'image_wide_detached': (WideGain, dict(IMAGE, write_grad=False)),
 }
-DETACHED = (('published', 'published_detached'), ('image_wide', 'image_wide_detached'))
+PAIRS = (  # a trained write and a detached one; as many trained parameters with a memory and without
+    ('published', 'published_detached'),
+    ('image_wide', 'image_wide_detached'),
+    ('image', 'wider_mlp'),
+    ('additive', 'wider_mlp'),
+)
 SHAPE: dict[str, Any] = dict(
     img_size=32, patch_size=4, num_heads=4, mlp_ratio=2.0, num_classes=10, class_token=False, global_pool='avg'
 )
+SETTINGS = ('images', 'test_images', 'epochs', 'batch_size', 'lr')  # that the name of a run does not tell
 WORKSPACE: dict[str, Any] = dict(num_slots=32, slot_dim=32, write_heads=4, bottleneck=512)
 
 
@@ -99,25 +105,42 @@ def create(variant: str, attention: bool, width: int, depth: int) -> Associative
     """
     layer, workspace = VARIANTS[variant]
     model_class = type('Variant', (AssociativeTransformer,), {'workspace_layer': layer})
-    return model_class(embed_dim=width, depth=depth, attention=attention, **SHAPE, **{**WORKSPACE, **workspace})
+    return model_class(embed_dim=width, depth=depth, attention=attention, **{**SHAPE, **WORKSPACE, **workspace})
 
 
-def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int) -> dict[str, Any]:
-    """Train and test one model."""
+def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int, deadline: float | None) -> float:
+    """Train and test one model, and write its result before the checkpoint goes; the test accuracy in percent."""
     torch.manual_seed(seed)
     model = create(variant, args.attention, args.width, args.depth)
     settings = Settings(lr=args.lr, epochs=args.epochs, batch_size=args.batch_size, seed=seed)
     checkpoint = args.out / 'checkpoints' / f'{title(args, variant, seed)}.pt'
-    start = time.monotonic()
-    log = fit(model, data['train'], settings, checkpoint, name=title(args, variant, seed))
-    seconds = time.monotonic() - start
+    fitted = fit(model, data['train'], settings, checkpoint, name=title(args, variant, seed), deadline=deadline)
     test = data['test']
     top1 = evaluate(model, test, settings)
     images = test[0][: min(500, len(test[0]))] / 127.5 - 1
     report = [] if VARIANTS[variant][0] is NoMemory else [vars(block) for block in memory_report(model, images)]
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    arguments = {key: value for key, value in vars(args).items() if key not in ('data', 'out', 'show')}
+    results = {'variant': variant, 'seed': seed, 'top1': top1, 'memory': report, 'parameters': parameters}
+    write_record(args.out / f'{title(args, variant, seed)}.json', arguments, {**results, **fitted.record()})
     checkpoint.unlink(missing_ok=True)
-    return {'top1': top1, 'log': log, 'memory': report, 'parameters': parameters, 'seconds': round(seconds, 2)}
+    return top1
+
+
+def is_there(args: argparse.Namespace, name: str) -> bool:
+    """Whether a run has its result.
+
+    Raises:
+        ValueError: If the result is one of other settings that its name does not tell.
+    """
+    path = args.out / f'{name}.json'
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())['arguments']
+    differ = [f'{key}={found[key]}' for key in SETTINGS if found[key] != getattr(args, key)]
+    if differ:
+        raise ValueError(f'{path} is of a run with {", ".join(differ)}; use the same settings or another --out')
+    return True
 
 
 def title(args: argparse.Namespace, variant: str, seed: int) -> str:
@@ -128,6 +151,8 @@ def title(args: argparse.Namespace, variant: str, seed: int) -> str:
 def interval(values: list[float]) -> float:
     """Half of the 95 % interval of the mean, by Student's t."""
     n = len(values)
+    if n - 1 > max(T):
+        raise ValueError(f'expected at most {max(T) + 1} seeds of a row, got {n}; remove some of the results')
     return T[n - 1] * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
 
 
@@ -161,8 +186,8 @@ def top1_of(seeds: dict[int, Any]) -> dict[int, float]:
 
 def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
     """Accuracy with its interval, and the difference to no memory over the same seeds."""
-    heading = '| setting | memory | seeds | top-1, % | less that of no memory | training loss | slots: cosine, rank '
-    lines = [f'{heading}| retrieval varies, % |', '|---|---|---|---|---|---|---|---|']
+    heading = '| setting | memory | trained parameters, M | seeds | top-1, % | less that of no memory | training loss '
+    lines = [f'{heading}| slots: cosine, rank | retrieval varies, % |', '|---|---|---|---|---|---|---|---|---|']
     for setting, rows in found.items():
         for variant, seeds in rows.items():
             top1, control = top1_of(seeds), top1_of(rows.get('none', {}))
@@ -173,15 +198,16 @@ def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
             slots = f'{mean["mean_cosine"]:.2f}, {mean["effective_rank"]:.1f}' if mean else ''
             varies = f'{100 * mean["varies_over_tokens"]:.0f}' if mean else ''
             less = '' if variant == 'none' else format_gains(gains(top1, control))
+            parameters = next(iter(seeds.values()))['parameters'] / 1e6
             lines.append(
-                f'| {setting} | {variant} | {len(seeds)} | {statistics.mean(values):.2f} ± {interval(values):.2f} '
-                f'| {less} | {loss:.3f} | {slots} | {varies} |'
+                f'| {setting} | {variant} | {parameters:.2f} | {len(seeds)} '
+                f'| {statistics.mean(values):.2f} ± {interval(values):.2f} | {less} | {loss:.3f} | {slots} | {varies} |'
             )
-    lines += ['', '| setting | memory | trained write less detached write |', '|---|---|---|']
+    lines += ['', '| setting | memory | less that of | difference |', '|---|---|---|---|']
     for setting, rows in found.items():
-        for trained, detached in (name for name in DETACHED if set(name) <= rows.keys()):
-            less = format_gains(gains(top1_of(rows[trained]), top1_of(rows[detached])))
-            lines.append(f'| {setting} | {trained} | {less} |')
+        for variant, other in (pair for pair in PAIRS if set(pair) <= rows.keys()):
+            less = format_gains(gains(top1_of(rows[variant]), top1_of(rows[other])))
+            lines.append(f'| {setting} | {variant} | {other} | {less} |')
     return '\n'.join(lines)
 
 
@@ -208,8 +234,8 @@ def draw(found: dict[str, dict[str, dict[int, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', type=Path, nargs='?')
     parser.add_argument('--show', type=Path, help='folder of results to print and draw; no training')
@@ -217,7 +243,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument('--attention', action='store_true', help='with self-attention')
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
-    parser.add_argument('--minutes', type=float, help='begin no run after so many')
+    parser.add_argument('--minutes', type=float, help='stop after so many, to go on at the next call')
     parser.add_argument('--width', type=int, default=128)
     parser.add_argument('--depth', type=int, default=2)
     parser.add_argument('--images', type=int, default=1000, help='for training, per class')
@@ -226,34 +252,43 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=128)
     parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    args = parser.parse_args(argv)
-    if args.data is None and args.show is None:
-        parser.error('give a folder of images, or --show')
-    return args
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what has no result yet, seed by seed; or show the results."""
-    args = parse(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.data is None and args.show is None:
+            parser.error('give a folder of images, or --show')
+        run_all(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Run what has no result yet until the time is over; or show the results."""
     if args.show is not None:
         found = gather(args.show)
         print(table(found))
         draw(found, args.show / 'memory.png')
         return
     torch.set_num_threads(args.threads)
-    start = time.monotonic()
-    splits = {'train': partial(load, args.data / 'train', 0, args.images)}
-    splits['test'] = partial(load, args.data / 'test', 0, args.test_images)
-    data = {split: read() for split, read in splits.items()}
-    for seed in args.seeds:
-        for variant in args.variants:
-            path = args.out / f'{title(args, variant, seed)}.json'
-            if path.exists() or (args.minutes is not None and time.monotonic() - start > 60 * args.minutes):
-                continue
-            results = run(args, data, variant, seed)
-            arguments = {key: value for key, value in vars(args).items() if key not in ('data', 'out', 'show')}
-            write_record(path, arguments, {'variant': variant, 'seed': seed, **results})
-            print(f'{path.stem}: {results["top1"]:.2f} %', flush=True)
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    todo = [(variant, seed) for seed in args.seeds for variant in args.variants]
+    todo = [(variant, seed) for variant, seed in todo if not is_there(args, title(args, variant, seed))]
+    data = {
+        'train': load(args.data / 'train', 0, args.images),
+        'test': load(args.data / 'test', 0, args.test_images),
+    }
+    for variant, seed in todo:
+        try:
+            top1 = run(args, data, variant, seed, deadline)
+        except OutOfTimeError as error:
+            print(f'{title(args, variant, seed)}: {error}; the same command goes on from there')
+            return
+        print(f'{title(args, variant, seed)}: {top1:.2f} %', flush=True)
 
 
 if __name__ == '__main__':

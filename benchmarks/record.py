@@ -11,13 +11,18 @@ import timm
 import torch
 
 
+def commit() -> str | None:
+    """Return the commit of this checkout, which ends in '-dirty' if the code was changed since; None without git."""
+    git = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
 def environment() -> dict[str, Any]:
-    """Return the machine, the versions and the commit, which ends in '-dirty' if the code was changed since."""
+    """Return the machine, the versions and the commit."""
     cpuinfo = Path('/proc/cpuinfo')
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
-    git = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
-    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         'cpu': f'{len(cpu)} x {cpu[0]}' if cpu else platform.processor(),
         'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -25,7 +30,7 @@ def environment() -> dict[str, Any]:
         'python': platform.python_version(),
         'torch': torch.__version__,
         'timm': timm.__version__,
-        'commit': done.stdout.strip() or None,
+        'commit': commit(),
     }
 
 

@@ -25,7 +25,7 @@ import ablations
 import baselines
 import torch
 from loop import Data, OutOfTimeError, Settings, evaluate, fit, load
-from memory import T, format_gains, gains, interval, top1_of
+from memory import format_gains, gains, interval, top1_of
 from record import write_record
 from timm.optim import list_optimizers
 from torch import nn
@@ -147,7 +147,7 @@ def train(row: str, seed: int, args: argparse.Namespace, data: Data, deadline: f
     """Train the model of a row, from its checkpoint on if there is one.
 
     Returns:
-        The model, its settings, the log and the checkpoint.
+        The model, its settings, the run and the checkpoint.
 
     Raises:
         OutOfTimeError: At the deadline.
@@ -170,17 +170,17 @@ def train(row: str, seed: int, args: argparse.Namespace, data: Data, deadline: f
     )
     name = title(args, row, seed)
     checkpoint = args.out / 'checkpoints' / f'{name}.pt'
-    log = fit(model, data, settings, checkpoint, args.save_every, args.workers, name, deadline)
-    return model, settings, log, checkpoint
+    fitted = fit(model, data, settings, checkpoint, args.save_every, args.workers, name, deadline)
+    return model, settings, fitted, checkpoint
 
 
 def run(row: str, seed: int, args: argparse.Namespace, data: dict[str, Data], deadline: float | None) -> float:
     """Train and test one model, and write its result before the checkpoint goes; the test accuracy in percent."""
-    model, settings, log, checkpoint = train(row, seed, args, data['train'], deadline)
+    model, settings, fitted, checkpoint = train(row, seed, args, data['train'], deadline)
     top1 = evaluate(model, data['test'], settings, workers=args.workers)
     parameters = ablations.count_parameters(model)
-    results = {'row': row, 'seed': seed, 'top1': top1, 'log': log, 'parameters': parameters, 'command': args.command}
-    write_record(args.out / f'{title(args, row, seed)}.json', settings_of(args), results)
+    results = {'row': row, 'seed': seed, 'top1': top1, 'parameters': parameters, 'command': args.command}
+    write_record(args.out / f'{title(args, row, seed)}.json', settings_of(args), {**results, **fitted.record()})
     checkpoint.unlink(missing_ok=True)
     return top1
 
@@ -199,8 +199,6 @@ def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
 def mean_and_interval(seeds: dict[int, Any]) -> tuple[float, float]:
     """Mean of the test accuracies, and half of its 95 % interval, NaN for one seed."""
     values = list(top1_of(seeds).values())
-    if len(values) - 1 > max(T):
-        raise ValueError(f'expected at most {max(T) + 1} seeds of a row, got {len(values)}; remove some of the results')
     return statistics.mean(values), interval(values)
 
 

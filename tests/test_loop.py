@@ -88,7 +88,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights_and_log(
 ) -> None:
     data = images() if kind == 'tensors' else Noisy(noise=0.0 if workers else 0.5)
     whole = make_ait()
-    log = fit(whole, data, SETTINGS, workers=workers)
+    log = fit(whole, data, SETTINGS, workers=workers).log
     with pytest.MonkeyPatch.context() as patch:
         stop_at(7, patch)
         with pytest.raises(StoppedError):
@@ -96,16 +96,34 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights_and_log(
     torch.manual_seed(13)  # another process has other random numbers
     resumed = make_ait()
     torch.nn.init.zeros_(resumed.head.weight)
-    assert fit(resumed, data, SETTINGS, tmp_path / 'run.pt', save_every, workers) == log
+    assert fit(resumed, data, SETTINGS, tmp_path / 'run.pt', save_every, workers).log == log
     assert_equal(resumed, whole)
+
+
+def test_a_run_in_two_sittings_names_both_commits_and_adds_up_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, 'commit', lambda: 'first')
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(7, patch)
+        with pytest.raises(StoppedError):
+            fit(make_linear(), images(), SETTINGS, tmp_path / 'run.pt', save_every=3)
+    state = torch.load(tmp_path / 'run.pt', weights_only=True)
+    torch.save({**state, 'seconds': 1000.0}, tmp_path / 'run.pt')
+    monkeypatch.setattr(loop, 'commit', lambda: 'second')
+    record = fit(make_linear(), images(), SETTINGS, tmp_path / 'run.pt').record()
+    assert record['commits'] == ['first', 'second']
+    assert 1000 < record['seconds'] < 1100
+    monkeypatch.setattr(loop, 'commit', lambda: 'third')
+    assert fit(make_linear(), images(), SETTINGS, tmp_path / 'run.pt').record()['commits'] == ['first', 'second']
 
 
 def test_a_finished_run_is_read_and_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_ait()
-    log = fit(model, images(), SETTINGS, tmp_path / 'run.pt')
+    log = fit(model, images(), SETTINGS, tmp_path / 'run.pt').log
     monkeypatch.setattr(loop.Run, 'train', lambda *args: pytest.fail('trained'))
     again = make_ait()
-    assert fit(again, images(), SETTINGS, tmp_path / 'run.pt') == log
+    assert fit(again, images(), SETTINGS, tmp_path / 'run.pt').log == log
     assert_equal(again, model)
 
 
@@ -153,7 +171,7 @@ def test_the_log_has_the_mean_loss_and_accuracy_of_each_epoch() -> None:
     pixels, labels = images()
     data = pixels[: 4 * BATCH], labels[: 4 * BATCH]
     model = make_linear()
-    log = fit(model, data, PLAIN)
+    log = fit(model, data, PLAIN).log
     logits = model(normalize(data[0], PLAIN))
     assert log == [
         {
@@ -166,7 +184,7 @@ def test_the_log_has_the_mean_loss_and_accuracy_of_each_epoch() -> None:
 @pytest.mark.parametrize(('steps', 'epochs'), [(3, 1), (4, 1), (9, 3)])
 def test_a_number_of_steps_replaces_the_epochs(steps: int, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(steps, monkeypatch)  # which would raise if one step more was done
-    log = fit(make_linear(), images(), Settings(lr=0.01, steps=steps, batch_size=BATCH))
+    log = fit(make_linear(), images(), Settings(lr=0.01, steps=steps, batch_size=BATCH)).log
     assert len(log) == epochs
 
 
@@ -228,9 +246,12 @@ class WithQuestion(nn.Module):
 def test_more_inputs_go_to_the_model_between_images_and_labels() -> None:
     pixels, labels = images()
     data = (pixels, torch.randn(N, 2), labels)
-    log = fit(WithQuestion(), data, Settings(lr=0.1, batch_size=BATCH))
-    assert len(log) == 1
-    assert 0 <= evaluate(WithQuestion(), data, PLAIN) <= 100
+    model = WithQuestion()
+    before = model.head.weight.clone()
+    fit(model, data, Settings(lr=0.1, batch_size=BATCH))
+    assert not torch.equal(model.head.weight, before)
+    right = (model.head(data[1]).argmax(-1) == labels).sum().item()
+    assert evaluate(model, data, PLAIN) == pytest.approx(100 * right / N)
 
 
 @pytest.mark.parametrize('batch_size', [1, 7, 250])
@@ -238,8 +259,8 @@ def test_the_accuracy_is_that_of_all_images_at_any_batch_size(batch_size: int) -
     model, (pixels, labels) = make_linear(), images()
     right = (model(normalize(pixels, PLAIN)).argmax(-1) == labels).sum().item()
     assert 0 < right < N
-    assert evaluate(model, (pixels, labels), PLAIN, batch_size) == 100 * right / N
-    assert evaluate(model, Noisy(noise=0.0), PLAIN, batch_size) == 100 * right / N
+    assert evaluate(model, (pixels, labels), PLAIN, batch_size) == pytest.approx(100 * right / N)
+    assert evaluate(model, Noisy(noise=0.0), PLAIN, batch_size) == pytest.approx(100 * right / N)
 
 
 def test_pixels_are_normalized_and_floats_are_not() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from timm_ait import GlobalWorkspace
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import controls
 import memory
+from ablations import count_parameters
 
 
 @pytest.mark.parametrize('variant', memory.VARIANTS)
@@ -30,7 +32,7 @@ def test_a_variant_differs_from_no_memory_in_what_it_adds_alone(variant: str) ->
     before = [block.mlp.memory.clone() for block in model.blocks]
     model.train()(x)
     is_moved = [not torch.equal(block.mlp.memory, old) for block, old in zip(model.blocks, before, strict=True)]
-    assert is_moved == [not variant.startswith(('none', 'registers', 'frozen', 'additive'))] * 2
+    assert is_moved == [not variant.startswith(('none', 'wider_mlp', 'registers', 'frozen', 'additive'))] * 2
 
 
 def test_without_attention_and_memory_no_token_sees_another_and_a_memory_of_the_image_changes_that() -> None:
@@ -83,9 +85,17 @@ def test_a_whole_copy_keeps_what_all_slots_read_alike_and_the_memory_that_starts
     torch.testing.assert_close(layers[0].memory @ layers[0].memory.t(), torch.eye(4), atol=0.05, rtol=0)
 
 
+def test_the_wider_mlp_has_as_many_trained_parameters_as_the_memory_that_pays() -> None:
+    for attention, depth in ((False, 2), (False, 4), (True, 2)):
+        wide, additive = (memory.create(name, attention, 128, depth) for name in ('wider_mlp', 'additive'))
+        assert count_parameters(wide) == pytest.approx(count_parameters(additive), rel=1e-3)
+
+
 def test_half_an_interval_is_students() -> None:
     assert memory.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
     assert math.isnan(memory.interval([1.0]))
+    with pytest.raises(ValueError, match='at most 10 seeds of a row, got 11'):
+        memory.interval([0.0] * 11)
 
 
 def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,14 +126,18 @@ def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.Captur
     memory.main([*args, '--seeds', '1', '2'])
     assert {name: (out / name).stat().st_mtime_ns for name in first} == first  # what has a result is not run again
     record = json.loads(next(out.glob('image-*-1.json')).read_text())
-    assert {'commit', 'torch', 'timm', 'cpu', 'seed', 'top1', 'log', 'memory', 'seconds'} <= record.keys()
+    assert {'commit', 'torch', 'timm', 'cpu', 'seed', 'top1', 'log', 'memory', 'seconds', 'commits'} <= record.keys()
     capsys.readouterr()
     memory.main(['--show', str(out)])
     shown = capsys.readouterr().out
-    assert '| width 16, depth 1, without self-attention | image | 2 |' in shown
+    assert re.search(r'\| width 16, depth 1, without self-attention \| image \| 0\.\d\d \| 2 \|', shown)
     assert (out / 'memory.png').is_file()
     with pytest.raises(SystemExit):
         memory.main([])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        memory.main([*args, '--seeds', '1', '--lr', '0.1'])
+    assert 'is of a run with lr=0.001; use the same settings or another --out' in capsys.readouterr().err
 
 
 def test_the_published_table_is_that_of_the_results() -> None:
