@@ -3,8 +3,8 @@
     python benchmarks/memory.py DIR --out benchmarks/results/memory    (DIR/train/<class>/*, DIR/test/<class>/*)
     python benchmarks/memory.py --show benchmarks/results/memory       (the table and the picture, out of the results)
 
-Each run writes one JSON file when it has finished, and a checkpoint on its way: call again after a stop. README.md says
-under "Does the memory pay?" what is tested, and what counts as a gain.
+Each run writes one JSON file when it has finished, and a checkpoint on its way: call again after a stop. PROTOCOL.md
+says what is tested, and what counts as a gain.
 """
 
 import argparse
