@@ -145,6 +145,13 @@ def test_images_of_other_channels_are_refused_with_the_remedy(layout: str, shape
         make_model(layout)(torch.randn(shape))
 
 
+@pytest.mark.parametrize('name', ['test_ait', 'ait_small', CONV])
+def test_every_stem_refuses_images_of_another_size(name: str) -> None:
+    model = timm.create_model(name, img_size=SIDE, depth=1)
+    with pytest.raises(ValueError, match=r'expected images of \(32, 32\), got \(32, 48\); resize them or create'):
+        model(torch.randn(1, 3, SIDE, 48))
+
+
 def test_images_of_another_size_are_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r'expected images of \(32, 32\), got \(40, 40\); .* img_size='):
         make_model()(images(side=40))

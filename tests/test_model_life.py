@@ -189,6 +189,40 @@ def test_a_model_of_dynamic_size_cannot_be_reset_to_flatten() -> None:
     assert model(images(side=40)).shape == (3, CLASSES)
 
 
+@pytest.mark.parametrize(('pool', 'layout'), [('avgg', 'paper'), ('map', 'paper'), ('token', 'paper'), ('map', 'vit')])
+def test_a_pooling_that_cannot_be_had_is_refused_and_the_model_stays_as_it_was(pool: str, layout: str) -> None:
+    model = make_model(layout).eval()
+    before = model(images())
+    with pytest.raises(ValueError, match=f'global_pool must be one of .* in this model, got {pool!r}; create'):
+        model.reset_classifier(5, pool)
+    assert torch.equal(model(images()), before)
+
+
+def test_a_model_that_drops_patches_cannot_be_reset_to_flatten() -> None:
+    model = make_model('vit', patch_drop_rate=0.5)
+    with pytest.raises(ValueError, match=r"'flatten' needs a fixed number of tokens, .* and patch_drop_rate=0\.5"):
+        model.reset_classifier(5, 'flatten')
+    assert train_step(model).shape == (3, CLASSES)
+
+
+def test_behind_a_stem_of_convolutions_flattened_tokens_are_counted_after_the_stem() -> None:
+    model = timm.create_model('ait_tiny_conv4_32', global_pool='flatten', depth=1).eval()
+    model.set_input_size((32, 32))
+    with pytest.raises(ValueError, match=r'reads 64 flattened tokens, img_size=\(40, 40\) .* gives 100'):
+        model.set_input_size((40, 40))
+    assert model(images()).shape == (3, 10)
+
+
+@pytest.mark.parametrize('attention', [True, False])
+def test_timms_scaling_of_the_first_weights_takes_what_a_block_has(attention: bool) -> None:
+    plain, fixed = (make_model('vit', fix_init=fix_init, attention=attention) for fix_init in (False, True))
+    for depth in (1, 2):
+        blocks = plain.blocks[depth - 1], fixed.blocks[depth - 1]
+        for part in ('mlp.fc2', 'attn.proj') if attention else ('mlp.fc2',):
+            first, scaled = (block.get_submodule(part).weight.std() for block in blocks)
+            torch.testing.assert_close(scaled * (2 * depth) ** 0.5, first, rtol=0.2, atol=0)
+
+
 def test_a_flattened_model_without_classifier_takes_another_size_and_stays_frozen() -> None:
     model = make_model().requires_grad_(False).eval()
     model.reset_classifier(0)

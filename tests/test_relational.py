@@ -317,6 +317,8 @@ def test_torchscript_answers_alike_and_asks_for_a_question(layout: str) -> None:
     torch.testing.assert_close(scripted(*pair), model(*pair))
     with pytest.raises(torch.jit.Error, match='expected a question for every image'):
         scripted(pair[0])
+    with pytest.raises(torch.jit.Error, match='a scripted model only evaluates'):
+        scripted.train()(*pair)
 
 
 def test_fx_traces_the_same_function() -> None:

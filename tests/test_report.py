@@ -59,6 +59,15 @@ def test_several_batches_count_as_one_and_the_model_stays_as_it_was() -> None:
     assert format_report(whole).count('\n') == 3
 
 
+def test_a_relational_model_is_shown_images_and_questions() -> None:
+    model = timm.create_model('test_ait_relational')
+    image, question, answer = torch.randn(4, 3, 75, 75), torch.randn(4, 18), torch.arange(4)
+    whole = memory_report(model, [(image, question, answer)], inputs=2)
+    assert len(whole) == 2
+    other = memory_report(model, [(image, question.flip(0), answer)], inputs=2)
+    assert vars(whole[0]) != vars(other[0])
+
+
 def test_a_memory_that_writes_in_evaluation_and_a_part_in_another_mode_stay_as_they_were() -> None:
     model = timm.create_model('test_ait', depth=2, write_mode='always').train()
     model.blocks[0].attn.eval()

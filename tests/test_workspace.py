@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -575,6 +576,12 @@ def test_init_weights_starts_anew() -> None:
         (dict(memory_decay=math.nan), r'memory_decay must lie in \[0, 1\], got nan'),
         (dict(balance_weight=-1.0), 'balance_weight must be a finite number of at least 0, got -1.0; 0 turns it off'),
         (dict(balance_weight=math.inf), 'balance_weight must be a finite number of at least 0, got inf'),
+        (
+            dict(retrieval_scale=math.nan),
+            'retrieval_scale must be a finite number, got nan; None gives the',
+        ),
+        (dict(retrieval_scale='1'), "retrieval_scale must be a finite number, got '1'"),
+        (dict(write_grad='no'), "write_grad must be True or False, got 'no'"),
         (dict(write_mode='eval'), r"write_mode must be one of \('train', 'always', 'never'\), got 'eval'"),
     ],
     ids=str,
@@ -582,6 +589,36 @@ def test_init_weights_starts_anew() -> None:
 def test_a_wrong_argument_says_what_was_expected_and_what_came(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_layer(**kwargs)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert make_layer(num_slots=np.int64(3), beta=np.float32(2)).slots().shape == (3, D)
+
+
+def test_what_the_retrieval_is_set_to_is_what_the_layer_says() -> None:
+    layer = make_layer(beta=2.0, retrieval_steps=3)
+    assert (layer.beta, layer.retrieval_steps) == (2.0, 3)
+    layer.retrieval.beta = 5.0
+    assert layer.beta == 5.0
+    with pytest.raises(AttributeError, match='beta'):
+        layer.beta = 1.0  # type: ignore[misc]
+
+
+def test_a_memory_of_each_image_asks_for_images() -> None:
+    layer = make_layer(write_scope='image')
+    before = layer.memory.clone()
+    with pytest.raises(ValueError, match=r"'image' needs the tokens of each image, shape \(B, N, E\), got \(5, \d+\)"):
+        layer(torch.randn(5, layer.in_features))
+    assert torch.equal(layer.memory, before)
+
+
+@pytest.mark.parametrize('assign', [True, False])
+def test_a_narrow_memory_in_a_state_dict_is_made_wide(assign: bool) -> None:
+    layer = make_layer()
+    narrow = {name: value.bfloat16() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(narrow, assign=assign)
+    assert layer.memory.dtype == torch.float32
+    torch.testing.assert_close(layer.memory, narrow['memory'].float())
 
 
 def test_the_limits_of_the_decay_are_allowed() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 __all__ = ['WORKSPACE_ARGS', 'check_limits']
@@ -17,11 +18,11 @@ WRITE_SCOPES = ('batch', 'image')
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and low <= value <= high
+    return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
 
 
 _COUNT = (_is_count, 'an integer of at least 1, got {!r}; leave it out for the default')
@@ -37,19 +38,24 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: _is_number(x, 0, math.inf) and x < math.inf,
         'a finite number of at least 0, got {!r}; 0 turns it off',
     ),
+    'retrieval_scale': (
+        lambda x: x is None or (_is_number(x, -math.inf, math.inf) and math.isfinite(x)),
+        "a finite number, got {!r}; None gives the paper's sum",
+    ),
+    'write_grad': (lambda x: isinstance(x, bool), 'True or False, got {!r}'),
     'write_mode': (lambda x: x in WRITE_MODES, f'one of {WRITE_MODES}, got {{!r}}'),
     'write_rule': (lambda x: x in WRITE_RULES, f'one of {WRITE_RULES}, got {{!r}}'),
     'write_scope': (lambda x: x in WRITE_SCOPES, f'one of {WRITE_SCOPES}, got {{!r}}'),
 }
 
 
-def check_limits(layer: Any) -> None:
-    """Check the attributes of a layer that are named as the keywords.
+def check_limits(arguments: dict[str, Any]) -> None:
+    """Check the arguments of a layer, by name.
 
     Raises:
         ValueError: With what was expected and what came.
     """
     for name, (is_allowed, expected) in LIMITS.items():
-        value = getattr(layer, name)
+        value = arguments[name]
         if not is_allowed(value):
             raise ValueError(f'{name} must {"lie " if expected.startswith("in ") else "be "}{expected.format(value)}')

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['OutputNorm', 'call_wide', 'is_plain', 'orthogonalise', 'unit_rows', 'without_autocast']
+__all__ = ['OutputNorm', 'call_wide', 'is_hooked', 'is_plain', 'orthogonalise', 'unit_rows', 'without_autocast']
 
 PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d)
 
@@ -37,18 +37,22 @@ def is_plain(*layers: nn.Module) -> bool:
     whose forward or weight somebody has replaced (offloading, tensor subclasses). These must be called.
     """
     return all(
-        type(layer) in PLAIN
-        and type(layer.weight) in (nn.Parameter, Tensor)
-        and 'forward' not in vars(layer)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        type(layer) in PLAIN and type(layer.weight) in (nn.Parameter, Tensor) and not is_hooked(layer)
         for layer in layers
     )
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a call of the layer does more than its class says: it has hooks, or somebody has replaced its forward."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return any(hooks) or 'forward' in vars(layer)
 
 
 def call_wide(layer: Any, x: Tensor) -> Tensor:
     """A layer in the dtype of its input, which is wider than that of its parameters in a narrow model."""
     if not is_plain(layer):
-        return layer(x.to(next(layer.parameters()).dtype)).to(x.dtype)
+        like = next(layer.parameters(), x)  # a quantised layer has none
+        return layer(x.to(like.dtype)).to(x.dtype)
     if isinstance(layer, nn.LayerNorm):
         return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
     return F.linear(x, layer.weight.to(x.dtype))

@@ -80,6 +80,8 @@ class RelationalTransformer(AssociativeTransformer):
     ) -> Tensor:
         """Answer questions (B, Q) about images (B, C, H, W): logits (B, num_classes)."""
         if torch.jit.is_scripting():
+            if self.training:
+                raise ValueError('a scripted model only evaluates, its memory is fixed; call eval() on it')
             return self.forward_head(self.run_blocks(image, question, attn_mask, is_causal))
         else:
             x = plain(self.forward_features(image, question, attn_mask=attn_mask, is_causal=is_causal))

@@ -132,13 +132,14 @@ def _store_nothing(*args: Any) -> None:
 
 
 @torch.no_grad()
-def memory_report(model: nn.Module, batches: Tensor | Iterable[Any]) -> list[BlockReport]:
+def memory_report(model: nn.Module, batches: Tensor | Iterable[Any], inputs: int = 1) -> list[BlockReport]:
     """Run some images through a model in evaluation mode, and report on each of its workspaces.
 
     Args:
         model: With at least one :class:`GlobalWorkspace`. Its mode and its memory stay as they are.
         batches: Images (B, C, H, W), or several batches of them, alone or as the first of a tuple. A few hundred images
             are enough.
+        inputs: How many tensors of a tuple the model takes, for instance 2 for images and questions.
 
     Returns:
         One report for each workspace, from the first block to the last.
@@ -149,7 +150,8 @@ def memory_report(model: nn.Module, batches: Tensor | Iterable[Any]) -> list[Blo
     with watch(model) as sums:
         device = next(iter(sums)).memory.device
         for batch in [batches] if isinstance(batches, Tensor) else batches:
-            model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+            tensors = [batch] if isinstance(batch, Tensor) else batch[:inputs]
+            model(*(x.to(device) for x in tensors))
     if not all(seen.images for seen in sums.values()):
         raise ValueError('expected at least one batch of images, got none')
     return [seen.report() for seen in sums.values()]

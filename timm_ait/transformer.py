@@ -3,6 +3,7 @@
 Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv.org/abs/2309.12862
 """
 
+import math
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .arguments import WORKSPACE_ARGS
 from .balance import plain, track
 from .fused import FusedWorkspace
-from .layers import is_plain
+from .layers import is_hooked, is_plain
 from .replay import snapshot
 from .workspace import GlobalWorkspace, MemoryWrite
 
@@ -26,6 +27,8 @@ __all__ = ['AssociativeBlock', 'AssociativeTransformer', 'AttentionFreeBlock', '
 
 register_notrace_module(GlobalWorkspace)
 register_notrace_module(FusedWorkspace)
+
+POOLS = ('', 'avg', 'avgmax', 'max', 'token', 'flatten')  # what a model can change to; timm makes others at creation
 
 
 @register_notrace_module
@@ -101,6 +104,10 @@ class AssociativeBlock(Block):
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half of a condition
             if self.grad_checkpointing and torch.is_grad_enabled():
                 return self.forward_checkpointed(x, attn_mask, is_causal)
+        return self.forward_once(x, attn_mask, is_causal)
+
+    def forward_once(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """:meth:`forward` without checkpointing: (B, N, E) -> (B, N, E)."""
         x = self.attend(x, attn_mask, is_causal)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -110,8 +117,8 @@ class AssociativeBlock(Block):
 
     def forward_checkpointed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """:meth:`forward`, which saves its inputs alone for the backward pass."""
-        if not self.mlp.is_writing():
-            return checkpoint(super().forward, x, attn_mask, is_causal)
+        if not self.mlp.is_writing() or is_hooked(self.mlp):  # hooks belong to a call of the layer, not to its step
+            return checkpoint(self.forward_once, x, attn_mask, is_causal)
         new, *write = checkpoint(self.step, x, snapshot(self.mlp.memory), attn_mask, is_causal)
         self.mlp.store(MemoryWrite(*write), x)
         return new
@@ -228,7 +235,7 @@ class AssociativeTransformer(VisionTransformer):
 
     def _track(self, outputs: Any) -> Any:
         """Outputs such that a loss computed from them tells by which factor the training loop scales it."""
-        if not self.training or not torch.is_grad_enabled() or _is_exporting():
+        if not torch.is_grad_enabled() or _is_exporting():
             return outputs
         return track(outputs) if any(block.mlp.adds_balance_loss() for block in self.blocks) else outputs
 
@@ -255,13 +262,20 @@ class AssociativeTransformer(VisionTransformer):
         """Turn gradient checkpointing on or off. The flag lives in the blocks, each of which recomputes itself."""
         for block in self.blocks:
             block.grad_checkpointing = enable
+        if hasattr(self.patch_embed, 'set_grad_checkpointing'):
+            self.patch_embed.set_grad_checkpointing(enable)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the pooling where ``global_pool`` names another ('flatten' included)."""
+        """Replace the classifier, and the pooling where ``global_pool`` names another ('flatten' included).
+
+        Raises:
+            ValueError: For a pooling that this model cannot change to. The model stays as it was.
+        """
+        self._check_pool(global_pool)
         is_flat = self.global_pool == 'flatten'
         flatten = is_flat if global_pool is None else global_pool == 'flatten'
         if flatten and not is_flat:
-            _check_fixed_tokens(dynamic_img_size=self.dynamic_img_size)
+            _check_fixed_tokens(self.dynamic_img_size, getattr(self.patch_drop, 'prob', 0.0))
             if not isinstance(self.fc_norm, nn.Identity):  # type: ignore[has-type]
                 self.norm = self.fc_norm  # type: ignore[has-type]  # as at creation: the final norm stands before the tokens are flattened
             self._flatten_tokens(norm=True)
@@ -286,11 +300,13 @@ class AssociativeTransformer(VisionTransformer):
         new_img, new_patch = img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size
         _check_divisible(new_img, new_patch, self.patch_embed.dynamic_img_pad)
         (h, w), (p, q) = to_2tuple(new_img), to_2tuple(new_patch)
-        is_resized = self.global_pool == 'flatten' and (h // p) * (w // q) != self.patch_embed.num_patches
+        y, x = getattr(self.patch_embed, 'feature_ratio', (1, 1))  # a convolutional stem makes the image smaller
+        num_patches = (h // y // p) * (w // x // q)
+        is_resized = self.global_pool == 'flatten' and num_patches != self.patch_embed.num_patches
         if is_resized and self.num_classes > 0:
             raise ValueError(
                 f'the classifier reads {self.patch_embed.num_patches} flattened tokens, img_size={new_img} with '
-                f'patch_size={new_patch} gives {(h // p) * (w // q)}; create the model with img_size={new_img}, or '
+                f'patch_size={new_patch} gives {num_patches}; create the model with img_size={new_img}, or '
                 "leave 'flatten' first: reset_classifier(num_classes, global_pool='avg')"
             )
         super().set_input_size(img_size=img_size, patch_size=patch_size)
@@ -299,6 +315,13 @@ class AssociativeTransformer(VisionTransformer):
             self._flatten_tokens(norm=isinstance(self.fc_norm, nn.LayerNorm))
             self.fc_norm.requires_grad_(is_trained)
             self._set_mode_of_head()
+
+    def fix_init_weight(self) -> None:
+        """Scale the last layer of both parts of a block down by its depth, as timm does, where the block has both."""
+        for depth, block in enumerate(self.blocks, start=1):
+            for part in (getattr(block.attn, 'proj', None), block.mlp.fc2):
+                if part is not None:
+                    part.weight.data.div_(math.sqrt(2 * depth))
 
     def _flatten_tokens(self, norm: bool) -> None:
         """Make the classifier read all tokens side by side: (B, N, E) -> (B, N*E)."""
@@ -323,11 +346,26 @@ class AssociativeTransformer(VisionTransformer):
             if module is not None:
                 module.train(self.training)
 
+    def _check_pool(self, global_pool: str | None) -> None:
+        if global_pool is None or global_pool == self.global_pool:
+            return
+        pools = [pool for pool in POOLS if pool != 'token' or self.has_class_token]
+        if global_pool not in pools:
+            raise ValueError(
+                f'global_pool must be one of {pools} in this model, got {global_pool!r}; create another one with '
+                'global_pool='
+            )
+
     def _check_input(self, x: Tensor) -> None:
         if isinstance(x, Tensor) and (x.ndim != 4 or x.shape[1] != self.in_chans):
             raise ValueError(
                 f'expected images of shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}; '
                 'convert them or create the model with in_chans='
+            )
+        size = self.patch_embed.img_size
+        if isinstance(x, Tensor) and self.patch_embed.strict_img_size and tuple(x.shape[-2:]) != size:
+            raise ValueError(
+                f'expected images of {size}, got {tuple(x.shape[-2:])}; resize them or create the model with img_size='
             )
         if _is_exporting() and any(block.mlp.is_writing() for block in self.blocks):
             raise ValueError(

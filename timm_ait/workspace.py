@@ -60,7 +60,7 @@ class GlobalWorkspace(nn.Module):
     and ``r = softmax(beta h a^T) a`` retrieves, for every token, from the attractors ``a = W_LT gamma + b``.
 
     The state is one buffer, ``memory`` (M, D), in float32 or wider, whatever the dtype of the model. Only :meth:`store`
-    changes it. Whoever reads it normalises its rows. Like the statistics of a BatchNorm it moves in training mode,
+    changes it. A read from it normalises its rows. Like the statistics of a BatchNorm it moves in training mode,
     under ``torch.no_grad`` too, but not in a layer whose parameters are all frozen.
 
     In training mode the layer adds the gradient of its balance loss to any backward pass through it, see `balance.py`.
@@ -130,13 +130,12 @@ class GlobalWorkspace(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        check_limits(locals())
         super().__init__()
         self.num_slots, self.slot_dim, self.write_heads = num_slots, slot_dim, write_heads
-        self.bottleneck, self.beta, self.memory_decay = bottleneck, beta, memory_decay
-        self.balance_weight, self.retrieval_steps = balance_weight, retrieval_steps
+        self.bottleneck, self.memory_decay, self.balance_weight = bottleneck, memory_decay, balance_weight
         self.write_mode, self.write_grad, self.retrieval_scale = write_mode, write_grad, retrieval_scale
         self.write_rule, self.write_scope = write_rule, write_scope
-        check_limits(self)
         if write_rule == 'additive' and write_scope != 'image':
             raise ValueError(f"write_rule='additive' needs write_scope='image', got {write_scope!r}; give both")
         self.in_features = in_features
@@ -170,6 +169,18 @@ class GlobalWorkspace(nn.Module):
         self.replay = Replay()
         self.reset_parameters()
         self._freeze_untrained()
+
+    @property
+    def beta(self) -> float:
+        """Inverse temperature of the retrieval; set ``retrieval.beta`` to change it."""
+        return self.retrieval.beta
+
+    @property
+    def retrieval_steps(self) -> int:
+        """Hopfield updates per token; set ``retrieval.steps`` to change it."""
+        return self.retrieval.steps
+
+    __jit_unused_properties__ = ('beta', 'retrieval_steps')
 
     def forward(self, x: Tensor) -> Tensor:
         """Write the tokens ``x`` (B, N, E) into the memory where the mode says so, and retrieve from it: (B, N, E)."""
@@ -207,6 +218,11 @@ class GlobalWorkspace(nn.Module):
 
     def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
         """Bottleneck write of the tokens ``h`` into ``memory`` (M, D): (B*N, E) as one batch, or (B, N, E) by image."""
+        if self.has_copies() and h.ndim != 3:
+            raise ValueError(
+                "write_scope='image' needs the tokens of each image, shape (B, N, E), got "
+                f"{tuple(h.shape)}; give them so, or take write_scope='batch'"
+            )
         keys, values = self._project(h)
         with without_autocast(h):  # softmax and EWMA stay in float32, and the logits where `top_logits` can
             selection = self.select(memory, h, keys)
@@ -448,6 +464,12 @@ class GlobalWorkspace(nn.Module):
         if self.memory.dtype in (torch.float16, torch.bfloat16):
             self.memory = before.to(self.memory.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load the layer. With ``assign=True`` a narrow memory would take the place of this one."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.memory.dtype in (torch.float16, torch.bfloat16):
+            self.memory = self.memory.float()
 
     def extra_repr(self) -> str:
         return (
