@@ -202,6 +202,14 @@ def test_a_loss_divided_by_accumulation_steps_counts_in_proportion(name: str) ->
     assert factor_of(lambda x: ONE[name](x) / 4) == pytest.approx(1 if is_sum else 1 / 4)
 
 
+@pytest.mark.parametrize('samples', [1, 2])
+def test_the_mean_of_sums_over_classes_is_a_mean_for_one_sample_too(samples: int) -> None:
+    model = Model()
+    loss = model()[:samples].square().sum(dim=-1).mean() / 4
+    loss.backward()
+    assert model.factor() == pytest.approx(1 / 4)
+
+
 def test_a_target_without_gradient_stays_a_plain_tensor() -> None:
     x, seen = Model()(), torch.zeros(B, C)
     with torch.no_grad():

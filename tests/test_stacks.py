@@ -4,8 +4,10 @@ import ast
 import copy
 import gc
 import importlib
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import tv_tensors
 
 import timm_ait
-from timm_ait import AssociativeTransformer, GlobalWorkspace
+from timm_ait import AssociativeTransformer, GlobalWorkspace, replay
 
 B, CLASSES = 6, 7
 Step = Callable[[AssociativeTransformer, Tensor], Tensor]
@@ -206,6 +208,80 @@ def test_checkpointing_from_outside_writes_once_and_changes_nothing(
     torch.testing.assert_close(found_memories, expected_memories, rtol=0, atol=1e-12)
 
 
+def run_twice(wrap: Callable[[nn.Module, Tensor], Tensor], batches: list[Tensor], at_once: bool, **kwargs: Any) -> Any:
+    model = make_model(**kwargs).double()
+    if at_once:
+        sum(F.cross_entropy(wrap(model, x), TARGET) for x in batches).backward()
+    else:
+        for x in batches:
+            F.cross_entropy(wrap(model, x), TARGET).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize('at_once', [True, False])
+@pytest.mark.parametrize('kwargs', [{}, dict(attention=False), dict(attention=False, write_scope='image')], ids=str)
+def test_checkpointing_from_outside_tells_forwards_of_like_images_apart(kwargs: dict[str, Any], at_once: bool) -> None:
+    other = IMAGES.double().flip(0)
+    other[:, :, 24:] = IMAGES.double()[:, :, 24:] = 0.5  # the last row of patches is the same in all images
+    batches = [x.clone().requires_grad_() for x in (IMAGES.double(), IMAGES.double(), other)]
+    expected = run_twice(lambda m, x: m(x), batches, at_once, **kwargs)
+    found = run_twice(lambda m, x: checkpoint(m, x, use_reentrant=False), batches, at_once, **kwargs)
+    assert distance(found, expected) < 1e-9
+
+
+def test_checkpointing_from_outside_warns_where_it_has_forgotten_the_forward() -> None:
+    model = make_model(depth=1)
+    batches = torch.randn(replay.MOST_FORWARDS + 1, B, 3, 32, 32)
+    outputs = [checkpoint(model, x, use_reentrant=False) for x in batches]
+    outputs[-1].sum().backward()
+    with pytest.warns(UserWarning, match='not among the last 64 of a layer of timm_ait'):
+        outputs[0].sum().backward()
+
+
+def test_with_its_own_checkpointing_hooks_on_a_workspace_are_called_as_on_any_layer() -> None:
+    model = make_model()
+    expected, seen = copy.deepcopy(model), []
+    model.set_grad_checkpointing()
+    model.blocks[0].mlp.register_forward_hook(lambda *args: seen.append(args))
+    for twin in (model, expected):
+        F.cross_entropy(twin(IMAGES), TARGET).backward()
+    assert seen
+    assert distance(gradients(model), gradients(expected)) < 1e-5
+    torch.testing.assert_close(memories(model), memories(expected))
+
+
+@pytest.mark.parametrize('mode', ['train', 'never'])
+@pytest.mark.parametrize('kwargs', [{}, dict(write_rule='additive', write_scope='image')], ids=str)
+def test_checkpointed_blocks_without_self_attention_need_not_write(kwargs: dict[str, Any], mode: str) -> None:
+    model = make_model(attention=False, write_mode=mode, **kwargs)
+    model.train(mode == 'never')
+    expected = copy.deepcopy(model)
+    model.set_grad_checkpointing()
+    for twin in (model, expected):
+        F.cross_entropy(twin(IMAGES), TARGET).backward()
+    assert distance(gradients(model), gradients(expected)) < 1e-5
+
+
+# Threads
+
+
+def test_trainings_in_two_threads_keep_their_own_scales() -> None:
+    both_run = threading.Barrier(2)
+
+    def wait(grad: Tensor) -> None:
+        both_run.wait(30)
+
+    def train(model: nn.Module, scale: float) -> dict[str, Tensor]:
+        loss = F.cross_entropy(model(IMAGES), TARGET) * scale
+        loss.register_hook(wait)
+        loss.backward()
+        return gradients(model)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, many = pool.map(train, (make_model(), make_model()), (1.0, 1024.0))
+    assert distance({name: grad * 1024 for name, grad in one.items()}, many) < 1e-4
+
+
 # Functions of functions
 
 
@@ -303,8 +379,9 @@ def test_a_parametrised_layer_of_the_write_counts() -> None:
 
 @pytest.mark.filterwarnings('ignore:.*torch.ao.quantization is deprecated:DeprecationWarning')
 @pytest.mark.filterwarnings('ignore:.*quantized tensor.*:UserWarning')
-def test_a_dynamically_quantised_model_answers_nearly_alike() -> None:
-    model = timm.create_model('test_ait', pretrained=True).eval()
+@pytest.mark.parametrize('name', ['test_ait', 'ait_tiny_conv4_32'])  # the second one has a memory for each image
+def test_a_dynamically_quantised_model_answers_nearly_alike(name: str) -> None:
+    model = timm.create_model(name, pretrained=True).eval()
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     with torch.no_grad():
         expected, found = model(IMAGES), quantised(IMAGES)

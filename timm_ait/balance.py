@@ -16,11 +16,11 @@ NOTE Hooks, and not another term in the loss, because an operation can then be r
 
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class _Pass:
 
 # Backward passes that run now, by the number of their graph task: checkpointing starts inner ones, of higher numbers.
 # PyTorch's engine alone holds them. So a pass that ends in an error leaves nothing to the next one.
-_passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
+_passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
 _pending: list[str] = []
 
 
@@ -79,7 +79,8 @@ def _end(task: int, running: _Pass) -> None:
 
 
 def _innermost() -> _Pass | None:
-    return _passes[max(_passes)] if _passes else None
+    running = _passes.get(torch._C._current_graph_task_id())  # of this thread
+    return running or (_passes[max(_passes)] if _passes else None)
 
 
 def attach(memory: Tensor, balance_loss: Tensor) -> Tensor:
@@ -308,16 +309,19 @@ def plain(tree: Any) -> Any:
 
 
 def _tracked(x: Tensor, known: Track, is_changed: bool = False) -> TrackedTensor:
-    if known.loss is not None and x.requires_grad and x.numel() == 1:
-        x.register_hook(partial(_report, known.loss))
     if is_changed and type(x) is Tensor:  # written into: whoever holds this tensor must hold a tracked one
         x.__class__ = TrackedTensor
     tensor = x if isinstance(x, TrackedTensor) else x.as_subclass(TrackedTensor)
     tensor._track = known
+    if known.loss is not None and x.requires_grad and x.numel() == 1:
+        tensor.register_hook(partial(_report, known.loss, weakref.ref(tensor)))
     return tensor
 
 
-def _report(loss: Loss, grad: Tensor) -> None:
+def _report(loss: Loss, tensor: Any, grad: Tensor) -> None:
     """Tell the scale of the running backward pass, unless a loss that stands nearer to its start has done so."""
-    if torch._C._current_graph_task_id() not in _passes:
-        _begin(loss.scale(grad), loss)
+    if torch._C._current_graph_task_id() in _passes:
+        return
+    found = tensor()  # a compiled layer cannot ask by itself
+    is_counted = found is None or _asks_for_parameters(found)
+    _begin(loss.scale(grad), loss) if is_counted else _begin(0.0, None)

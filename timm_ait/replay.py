@@ -1,7 +1,9 @@
 """What a layer remembers of its last writes: for the balance loss, and for gradient checkpointing around it."""
 
+import warnings
 import weakref
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +12,11 @@ from torch import Tensor
 __all__ = ['Replay', 'snapshot']
 
 MOST_FORWARDS = 64  # between a forward and its backward pass
+FAR = 0.5  # mean distance of two inputs, beside their mean size, from which on they are not the same but for rounding
+FORGOTTEN = (
+    f'gradient checkpointing repeats a forward that is not among the last {MOST_FORWARDS} of a layer of timm_ait, or '
+    'repeats it with other random numbers; its gradients may be wrong. Call model.set_grad_checkpointing() instead'
+)
 
 
 def snapshot(memory: Tensor) -> Tensor:
@@ -31,19 +38,41 @@ def _(memory: Tensor) -> Tensor:
     return torch.empty_like(memory)
 
 
+@dataclass
+class _Forward:
+    """A forward that wrote.
+
+    Attributes:
+        shape: Of its input.
+        sample: (n,) some elements of its input.
+        before: (M, D) the memory before the write.
+        repeats: How often it was repeated.
+    """
+
+    shape: torch.Size
+    sample: Tensor
+    before: Tensor
+    repeats: int = 0
+
+
+def _sample(x: Tensor) -> Tensor:
+    """About a thousand elements from all over ``x``. The step is odd, so that they lie in different channels."""
+    return x.detach().flatten()[:: x.numel() // 1024 | 1]
+
+
 class Replay:
     """The memory before the last writes, and the balance loss of the last one.
 
     Gradient checkpointing around a layer or a model runs a forward a second time, inside the backward pass. The second
-    run must start from the same memory, and must not write. One token of the input tells which forward it repeats.
+    run must start from the same memory, and must not write. A sample of the input tells which forward it repeats; of
+    several with the same input, the newest one that was repeated least.
 
     Where a backward pass adds the balance loss by itself, its graph lives no longer than the output of the forward:
     here is a weak reference, and the value. Else it lives until the next forward, for whoever adds it to a loss.
     """
 
     def __init__(self) -> None:
-        self._tokens: deque[Tensor] = deque(maxlen=MOST_FORWARDS)
-        self._memories: deque[Tensor] = deque(maxlen=MOST_FORWARDS)
+        self._forwards: deque[_Forward] = deque(maxlen=MOST_FORWARDS)
         self._loss: Any = None
         self._value: Tensor | None = None
 
@@ -54,8 +83,7 @@ class Replay:
             self._loss = balance_loss
             return
         self._loss = weakref.ref(balance_loss) if is_automatic else balance_loss
-        self._tokens.append(x.detach().flatten(0, -2)[-1].clone())  # (B, N, E) -> (B*N, E) -> (E,)
-        self._memories.append(before)
+        self._forwards.append(_Forward(x.shape, _sample(x).clone(), before))
 
     def memory_before(self, x: Tensor) -> Tensor:
         """The memory (M, D) from which the forward of the tokens ``x`` (B, N, E) started.
@@ -63,14 +91,21 @@ class Replay:
         Raises:
             RuntimeError: If there was none.
         """
-        if not self._tokens:
+        alike = [forward for forward in reversed(self._forwards) if forward.shape == x.shape]
+        if not alike:
             raise RuntimeError(
-                'a backward pass runs this layer in training mode, but no forward came before it; for gradient '
+                'a backward pass runs this layer in training mode, but no such forward came before it; for gradient '
                 'checkpointing of a compiled model call model.set_grad_checkpointing() instead'
             )
-        token = x.detach().flatten(0, -2)[-1]
-        distance = (torch.stack(list(self._tokens)) - token).abs().sum(dim=-1)  # (F, E) -> (F,)
-        return torch.stack(list(self._memories)).index_select(0, distance.argmin().view(1)).squeeze(0)
+        samples, sample = torch.stack([forward.sample for forward in alike]), _sample(x)
+        distances = (samples - sample).abs().mean(dim=-1).tolist()  # (F, n) -> (F,)
+        nearest = min(distances)
+        if nearest > FAR * sample.abs().mean():
+            warnings.warn(FORGOTTEN, stacklevel=2)
+        repeats = [forward for forward, distance in zip(alike, distances, strict=True) if distance == nearest]
+        repeated = min(repeats, key=lambda forward: forward.repeats)  # backward passes go from the newest to the oldest
+        repeated.repeats += 1
+        return repeated.before
 
     def balance_loss(self) -> Tensor | None:
         """The balance loss of the last write; without graph when the output of its forward is gone."""

@@ -186,6 +186,8 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
             loss = loss.scaled(others[0], is_division=op == 'div')
         elif op == 'mean':
             loss = loss.scaled(tracked[0].numel(), is_division=True)
+            if tracked[0].ndim > 0:  # of one sample too: what divides it from now on scales it
+                loss = replace(loss, terms=tuple(replace(term, summed=None) for term in loss.terms))
         return Track(forwards, kind, loss)
     kind = kind if op in MOVES else (*kind, op)
     if result.numel() > 1 or (tracked[0].numel() == 1 and (op in MOVES or op in ('mul', 'div', 'add'))):
