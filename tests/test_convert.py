@@ -11,6 +11,7 @@ import torch
 from authors_names import as_authors
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import reparameterize_model
 from torch import Tensor
 
 from timm_ait import AssociativeTransformer, checkpoint_filter_fn, convert
@@ -232,6 +233,30 @@ def test_a_vit_key_that_is_missing_is_named(key: str) -> None:
     del state_dict[key]
     with pytest.raises(ValueError, match=f'unknown keys none, missing keys {key}; create the model with the arguments'):
         checkpoint_filter_fn(state_dict, make_model('ait_small'))
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'remedy'),
+    [
+        (dict(write_rule='distinct'), r'the arguments of the checkpoint \(write_rule, retrieval_scale\)'),
+        (dict(attention=False), r'the arguments of the checkpoint \(attention\)'),
+        (dict(qkv_bias=True), r'the arguments of the checkpoint \(qkv_bias\)'),
+        (dict(pos_embed='learn'), r'the arguments of the checkpoint \(pos_embed\)'),
+        (dict(depth=3), 'the depth of the checkpoint'),
+        (dict(mlp_ratio=4.0), 'the arguments of the checkpoint .*mlp_ratio'),
+        (dict(global_pool='avg'), r'the pooling of the checkpoint, then change it with reset_classifier'),
+    ],
+    ids=str,
+)
+def test_a_model_of_other_arguments_than_its_weights_is_told_which(kwargs: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ValueError, match=f'create the model with {remedy}'):
+        timm.create_model('test_ait', pretrained=True, **kwargs)
+
+
+def test_the_weights_of_a_reparameterised_model_are_told_from_others() -> None:
+    weights = reparameterize_model(make_model('test_ait')).state_dict()
+    with pytest.raises(ValueError, match='has lost its memory; save it before reparameterize_model'):
+        checkpoint_filter_fn(weights, make_model('test_ait'))
 
 
 def test_a_vit_without_a_head_is_converted() -> None:

@@ -48,6 +48,10 @@ def test_the_seed_decides_the_split_of_the_digits(tmp_path: Path) -> None:
         demo.write_digits(tmp_path / run, seed)
         names[run] = {path.name for path in (tmp_path / run).glob('val/*/*.png')}
     assert names['a'] == names['b'] != names['c']
+    demo.write_digits(tmp_path / 'a', 5)  # into the folder of another seed
+    train, val = ({path.name for path in (tmp_path / 'a').glob(f'{split}/*/*.png')} for split in ('train', 'val'))
+    assert val == names['c']
+    assert not train & val
 
 
 def test_the_reloaded_checkpoint_has_the_accuracy_of_the_trained_model_and_a_picture_is_drawn(

@@ -1,6 +1,8 @@
 """``export`` writes a checkpoint as a folder that loads bit for bit, or nothing at all."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from authors_names import as_authors
 from hub_child import fingerprint
 from hub_models import ARGS, logits, make_model, sha256
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
+import timm_ait
 from timm_ait import hub
 from timm_ait.pretrained import WeightsError
 
@@ -61,6 +65,52 @@ def test_a_checkpoint_of_the_authors_is_exported_as_a_folder_that_loads_bit_for_
     kwargs = {key: value for key, value in ARGS.items() if key != 'num_classes'}
     folder = hub.export(tmp_path / 'authors.pth', tmp_path / 'out', 'test_ait', kwargs)
     assert fingerprint(timm.create_model(f'local-dir:{folder}', pretrained=True)) == fingerprint(make_model())
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        (
+            'half.safetensors',
+            b'half of a file',
+            r'half\.safetensors is no safetensors file .*; was it down',
+        ),
+        ('tensor.pth', torch.zeros(3), 'expected a state dict or a checkpoint of train.py in .*, got Tensor'),
+        ('list.pth', [1, 2], 'expected a state dict or a checkpoint of train.py in .*, got list'),
+        ('page.pth', b'<html>', r'page\.pth is no checkpoint of tensors and plain values'),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(name: str, content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        hub.read_checkpoint(path)
+
+
+def test_a_config_of_another_library_beside_the_weights_says_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    save_file({'weight': torch.zeros(1)}, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text('{"model_type": "vit"}')
+    assert hub.read_checkpoint(tmp_path / 'model.safetensors').args == {}
+
+
+def test_a_model_of_other_channels_is_no_model_of_this_checkpoint(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not fit test_ait with .*'in_chans': 1.*; give its arguments"):
+        hub.build_model(hub.read_checkpoint(checkpoint), checkpoint, 'test_ait', {'in_chans': 1})
+
+
+def test_the_version_names_no_commit_of_a_project_around_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / 'project' / '.venv' / 'timm_ait'
+    package.mkdir(parents=True)
+    for command in ('init -q', '-c user.name=a -c user.email=a@b commit -q --allow-empty -m x'):
+        subprocess.run(['git', *command.split()], cwd=tmp_path / 'project', check=True)
+    monkeypatch.setattr(hub, '__file__', str(package / 'hub.py'))
+    assert hub._code_version() == timm_ait.__version__
+    monkeypatch.setattr(hub, '__file__', str(tmp_path / 'project' / 'timm_ait' / 'hub.py'))  # its own checkout
+    assert re.fullmatch(rf'{re.escape(timm_ait.__version__)} \([0-9a-f]{{40}}\)', hub._code_version())
+    monkeypatch.setenv('PATH', '')
+    assert hub._code_version() == timm_ait.__version__
 
 
 def test_an_export_that_fails_leaves_no_files(

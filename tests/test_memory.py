@@ -150,6 +150,11 @@ def test_a_model_without_workspace_is_an_error(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r'memory\.safetensors cannot be written'):
+        save_memory(timm.create_model('test_ait'), tmp_path / 'nowhere' / 'memory.safetensors')
+
+
 def test_a_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
     torch.save({}, tmp_path / 'memory.pt')
     with pytest.raises(ValueError, match=r'memory.pt is no safetensors file .*; expected one that save_memory'):

@@ -275,9 +275,18 @@ def test_a_model_by_name_takes_a_checkpoint_and_checkpoints_for_drift(run: Path,
 
 def test_a_model_of_one_channel_sees_grey_images(photos: Path) -> None:
     model = timm.create_model('test_ait', in_chans=1, **ARGS)
-    x = visualize.read_images(photos, model, 2)
+    x = visualize.read_images(str(photos), model, 2)
     assert x.shape == (2, 1, SIDE, SIDE)
     assert visualize.visualize(model, x, pictures=1)
+    with pytest.raises(ValueError, match='pictures must be at least 1, got 0'):
+        visualize.visualize(model, x, pictures=0)
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    Image.new('RGB', (SIDE, SIDE)).save(tmp_path / 'whole.jpg')
+    (tmp_path / 'half.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:100])
+    with pytest.raises(ValueError, match=r'half\.jpg cannot be read \(.+\); remove it or copy it once more'):
+        visualize.read_images(tmp_path, timm.create_model('test_ait'), 2)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,17 @@ AUTHORS_BLOCK_KEYS = {
 AUTHORS_UNUSED = re.compile(
     r'cls_token|pos_embedding|to_patch_embedding_cnn\.0\.(weight|bias)|transformer\.layers\.\d+\.1\.fn\.memoryupdate\.beta'
 )
+# The arguments of a model that decide whether it has a parameter.
+DECIDED_BY = {
+    r'\.mlp\.scale$': 'write_rule, retrieval_scale',
+    r'\.attn\.qkv\.bias$': 'qkv_bias',
+    r'\.ls[12]\.': 'init_values',
+    r'\.(attn\.(proj|qkv\.weight)|norm1\.)': 'attention',
+    r'^pos_embed$': 'pos_embed',
+    r'^(cls|reg)_token$': 'class_token, reg_tokens',
+    r'^(norm|fc_norm)\.': 'global_pool, fc_norm, final_norm',
+    r'^question_embed\.': 'question_dim',
+}
 # The parameters of a workspace that a ViT does not have. Both have fc1 and fc2.
 WORKSPACE_KEYS = re.compile(r'blocks\.\d+\.mlp\.(?!fc[12]\.).+')
 
@@ -240,8 +251,23 @@ def _check_keys(state_dict: StateDict, own: StateDict) -> None:
     if unknown or missing:
         raise ValueError(
             f'the checkpoint does not fit the model: unknown keys {_some(unknown)}, missing keys {_some(missing)}; '
-            'create the model with the arguments of the checkpoint (depth, global_pool, class_token, num_slots)'
+            f'{_remedy(unknown + missing)}'
         )
+
+
+def _remedy(keys: list[str]) -> str:
+    """What to do about keys that a model has and a checkpoint has not, or the other way round."""
+    if all(key.startswith('fc_norm.') for key in keys):
+        return (
+            'create the model with the pooling of the checkpoint, then change it with reset_classifier(num_classes, '
+            'global_pool); or drop its classifier with pretrained_cfg_overlay=dict(num_classes=-1)'
+        )
+    if any(key.endswith('.attractors') for key in keys):
+        return 'a model that was reparameterised has lost its memory; save it before reparameterize_model'
+    if any(key.endswith('.mlp.fc1.weight') for key in keys):
+        return 'create the model with the depth of the checkpoint'
+    found = [name for pattern, name in DECIDED_BY.items() if any(re.search(pattern, key) for key in keys)]
+    return f'create the model with the arguments of the checkpoint ({", ".join(found or ["depth"])})'
 
 
 def _check_shapes(state_dict: StateDict, own: StateDict, first_conv: str) -> None:
@@ -253,7 +279,7 @@ def _check_shapes(state_dict: StateDict, own: StateDict, first_conv: str) -> Non
         raise ValueError(
             f'{key} has the shape {tuple(value.shape)} in the checkpoint and {tuple(own[key].shape)} in the model; '
             'create the model with the arguments of the checkpoint (num_slots, slot_dim, write_heads, embed_dim, '
-            "patch_size, and img_size for global_pool='flatten')"
+            "mlp_ratio, patch_size, and img_size for global_pool='flatten')"
         )
 
 

@@ -6,6 +6,7 @@ picture of the predictions and of the use of the memory.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from functools import partial
@@ -50,6 +51,7 @@ def write_digits(folder: Path, seed: int) -> None:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
+    shutil.rmtree(folder, ignore_errors=True)  # another seed splits them in another way
     digits = load_digits()
     numbers = range(len(digits.target))
     splits = train_test_split(numbers, test_size=0.2, stratify=digits.target, random_state=seed)

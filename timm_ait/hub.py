@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict, save_for_hf
 from timm.utils import ParseKwargs
@@ -65,19 +65,28 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     if not path.is_file():
         raise ValueError(f'there is no checkpoint {path}; train.py writes output/<experiment>/model_best.pth.tar')
     if path.suffix == '.safetensors':
-        return Checkpoint(safetensors.torch.load_file(path), _saved_args(path.with_name('config.json')), False, {})
+        try:
+            weights = safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f'{path} is no safetensors file ({error}); was it downloaded whole?') from error
+        return Checkpoint(weights, _saved_args(path.with_name('config.json')), False, {})
+    content: Any
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f'{path} is no checkpoint of tensors and plain values, so it is not read ({error}); save the weights alone'
+            f'{path} is no checkpoint of tensors and plain values, so it is not read; save the weights alone '
+            f'({str(error).partition(chr(10))[0]})'
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f'expected a state dict or a checkpoint of train.py in {path}, got {type(content).__name__}')
     is_ema = use_ema and 'state_dict_ema' in content
     state_dict = content.get('state_dict_ema' if is_ema else 'state_dict', content.get('model', content))
     facts = {'epoch': content.get('epoch'), content.get('metric_name', 'metric'): content.get('metric')}
     facts = {key: value for key, value in facts.items() if isinstance(value, (int, float))}
-    return Checkpoint(clean_state_dict(state_dict), vars(content.get('args', argparse.Namespace())), is_ema, facts)
+    args = content.get('args', {})
+    return Checkpoint(clean_state_dict(state_dict), dict(args if isinstance(args, dict) else vars(args)), is_ema, facts)
 
 
 def _saved_args(path: Path) -> dict[str, Any]:
@@ -85,7 +94,9 @@ def _saved_args(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     config = json.loads(path.read_text())
-    pixels = {key: config['pretrained_cfg'].get(key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
+    if 'architecture' not in config:  # of another library
+        return {}
+    pixels = {key: config.get('pretrained_cfg', {}).get(key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
     return {'model': config['architecture'], 'model_kwargs': config.get('model_args', {}), **pixels}
 
 
@@ -170,7 +181,10 @@ def build_model(
     model = timm.create_model(name, pretrained_cfg_overlay={'num_classes': kwargs['num_classes']}, **kwargs)
     if not isinstance(model, AssociativeTransformer):
         raise ValueError(f'{name} is no model of this package; publish it with timm.models.push_to_hf_hub')
-    model.load_state_dict(fit_pretrained(read.state_dict, model, str(path)))
+    try:
+        model.load_state_dict(fit_pretrained(read.state_dict, model, str(path)))
+    except RuntimeError as error:
+        raise ValueError(f'{path} does not fit {name} with {kwargs}; give its arguments ({error})') from error
     args = {**args, 'input_size': (model.in_chans, *model.patch_embed.img_size)}
     model.pretrained_cfg.update(resolve_data_config(args, pretrained_cfg=model.pretrained_cfg, model=model))
     return model, {**kwargs, **_model_args(model)}
@@ -217,15 +231,22 @@ def _load(folder: Path) -> AssociativeTransformer:
 def _read_results(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is no JSON; validate.py writes it with --results-format json') from error
     return dict(content[0] if isinstance(content, list) else content)
 
 
 def _code_version() -> str:
     """Return the version of this package, with its commit if it is a git checkout."""
-    folder = str(Path(__file__).parent)
-    git = subprocess.run(['git', '-C', folder, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=False)
-    return f'{__version__} ({git.stdout.strip()})' if git.stdout else __version__
+    checkout = Path(__file__).resolve().parents[1]
+    git = ['git', '-C', str(checkout), 'rev-parse', '--show-toplevel', 'HEAD']
+    try:
+        root, commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return __version__
+    return f'{__version__} ({commit})' if Path(root) == checkout else __version__  # not that of a project around it
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -31,10 +31,14 @@ def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
             ``blocks.0.mlp.memory``.
 
     Raises:
+        OSError: If the file cannot be written.
         ValueError: If ``model`` has no workspace.
     """
     memories = {name: memory.detach().cpu().clone() for name, memory in _memories(model).items()}
-    save_file(memories, path, metadata={'format': 'pt'})
+    try:
+        save_file(memories, path, metadata={'format': 'pt'})
+    except SafetensorError as error:
+        raise OSError(f'{path} cannot be written ({error})') from error
 
 
 def load_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:

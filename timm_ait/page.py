@@ -101,6 +101,8 @@ def visualize(
     """
     drawing.require_matplotlib()
     blocks = inspect(model, images, *inputs)
+    if pictures < 1:
+        raise ValueError(f'pictures must be at least 1, got {pictures}')
     shown = images[:pictures]
     parts = [
         f'<p>{len(images)} images went through the model in evaluation mode.</p>',

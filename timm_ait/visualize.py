@@ -5,6 +5,7 @@ also gives pictures of the training: what the memories did by epoch. The file ne
 """
 
 import argparse
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -35,12 +36,13 @@ from timm_ait.pretrained import WeightsError
 __all__ = ['Page', 'load_model', 'main', 'read_images', 'visualize']
 
 
-def read_images(folder: Path, model: nn.Module, count: int) -> Tensor:
+def read_images(folder: str | os.PathLike[str], model: nn.Module, count: int) -> Tensor:
     """At most ``count`` images (B, C, H, W), evenly spread over a folder and its subfolders, as the model takes them.
 
     Raises:
-        ValueError: If there is no such folder, or no image in it.
+        ValueError: If there is no such folder, no image in it, or one that cannot be read.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f'there is no folder {folder}; give a folder of images')
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
@@ -52,7 +54,14 @@ def read_images(folder: Path, model: nn.Module, count: int) -> Tensor:
         config |= {key: (statistics.mean(config[key]),) for key in ('mean', 'std')}
     transform = create_transform(**config)
     chosen = torch.linspace(0, len(paths) - 1, min(count, len(paths))).long().tolist()
-    return torch.stack([transform(default_loader(str(paths[i])).convert(mode)) for i in chosen])
+    return torch.stack([transform(_read_image(paths[i]).convert(mode)) for i in chosen])
+
+
+def _read_image(path: Path) -> Any:
+    try:
+        return default_loader(str(path))
+    except (OSError, SyntaxError) as error:  # Pillow raises both for damaged files, and not always with their names
+        raise ValueError(f'{path} cannot be read ({error}); remove it or copy it once more') from error
 
 
 def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
@@ -118,10 +127,10 @@ def _run(args: argparse.Namespace) -> list[Path]:
     model = load_model(args.model, args.checkpoint)
     images = read_images(args.folder, model, args.images)
     is_run = not timm.is_model(args.model) and Path(args.model).is_dir()
-    history = follow_training(Path(args.model), images) if is_run else []
     drift = _drift(args.checkpoints or ([Path(args.model)] if is_run else []))
+    args.out.mkdir(parents=True, exist_ok=True)  # before the long work
+    history = follow_training(Path(args.model), images) if is_run else []
     page = visualize(model, images, title=args.model, pictures=args.pictures, drift=drift, history=history)
-    args.out.mkdir(parents=True, exist_ok=True)
     written = [args.out / 'memory.html']
     written[0].write_text(page, encoding='utf-8')
     if history:
