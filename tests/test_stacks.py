@@ -238,6 +238,12 @@ def test_checkpointing_from_outside_warns_where_it_has_forgotten_the_forward() -
         outputs[0].sum().backward()
 
 
+def test_checkpointing_from_outside_bears_images_that_are_not_finite() -> None:
+    model = make_model(depth=1)
+    sum(checkpoint(model, x, use_reentrant=False).sum() for x in (IMAGES, IMAGES * torch.nan)).backward()
+    assert all(memory.isfinite().all() for memory in memories(model))
+
+
 def test_with_its_own_checkpointing_hooks_on_a_workspace_are_called_as_on_any_layer() -> None:
     model = make_model()
     expected, seen = copy.deepcopy(model), []

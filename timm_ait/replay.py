@@ -1,5 +1,6 @@
 """What a layer remembers of its last writes: for the balance loss, and for gradient checkpointing around it."""
 
+import math
 import warnings
 import weakref
 from collections import deque
@@ -98,7 +99,7 @@ class Replay:
                 'checkpointing of a compiled model call model.set_grad_checkpointing() instead'
             )
         samples, sample = torch.stack([forward.sample for forward in alike]), _sample(x)
-        distances = (samples - sample).abs().mean(dim=-1).tolist()  # (F, n) -> (F,)
+        distances = (samples - sample).abs().mean(dim=-1).nan_to_num(math.inf, math.inf).tolist()  # (F, n) -> (F,)
         nearest = min(distances)
         if nearest > FAR * sample.abs().mean():
             warnings.warn(FORGOTTEN, stacklevel=2)
