@@ -44,7 +44,7 @@ docs:
 	$(PYTHON) -m mkdocs build --strict $(ARGS)
 
 clean:
-	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build dist output site *.egg-info
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist output site *.egg-info
 
 .venv/%.stamp: pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv

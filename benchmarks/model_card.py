@@ -78,8 +78,8 @@ To fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_ba
 
 ## What to know before use
 
-- In training mode a forward pass writes the memory. In evaluation it does not, so the logits of an image do not depend
-  on the other images of its batch.
+- In training mode a forward pass writes the memory. In evaluation it does not, or, with `write_scope='image'`, an image
+  writes a copy of its own. So the logits of an image do not depend on the other images of its batch.
 - The memory is a running average over training images, and a part of the weights. If the images are private, treat the
   memory as private too.
 - **The slots of a memory become alike.** The write, as published, pulls all of them to one point. In an untrained
@@ -145,7 +145,11 @@ def make_card(facts: list[dict[str, Any]]) -> str:
         use=usage(_on_meta('test_ait'), 'test_ait'),
         citation=CITATION,
     )
-    accuracies = [(fact['data'], fact['metric'], fact['value']) for fact in facts if 'accuracy' in fact['metric']]
+    accuracies = [
+        (fact['data'], f'{fact["metric"]}, {fact["weights"]}', fact['value'])
+        for fact in facts
+        if 'accuracy' in fact['metric']
+    ]
     return f'---\n{metadata("timm_ait", accuracies)}\n---\n{body}'
 
 
@@ -224,7 +228,7 @@ def _comparison() -> str:
     parts = []
     for heading, rows in tables.gather(TABLES).items():
         compared = {row: seeds for row, seeds in rows.items() if row in COMPARED}
-        if 'ait' in compared and len(compared) > 1:
+        if heading.startswith('cifar10') and 'ait' in compared and len(compared) > 1:
             parts.append(f'Trained from scratch, {heading}:\n\n{tables.format_table(compared)}')
     return '\n\n'.join(parts)
 

@@ -252,10 +252,11 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []
     stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
+    arguments = {key: value for key, value in vars(args).items() if key != 'out'}
     rows: list[Row] = []
     for row in measure([*model_cases(args), *depth, *workspace_cases(args), *image_cases(args)]):
         rows.append(row)
-        write_record(stem.with_suffix('.json'), vars(args), {'rows': [asdict(row) for row in rows]})
+        write_record(stem.with_suffix('.json'), arguments, {'rows': [asdict(row) for row in rows]})
     print(table(rows, args.peak_tflops))
     machine = environment()
     title = f'{machine["gpu"] if args.device == "cuda" else machine["cpu"]}, {stem.name}, {machine["commit"]}'

@@ -1,20 +1,16 @@
 """Each ablation changes what its name says, and nothing else."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import ablations
+import baselines
+import loop
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ait import GlobalWorkspace
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import ablations
-import baselines
-import loop
 
 B, SIDE, PATCH, N, E, CLASSES = 3, 9, 3, 9, 22, 5
 TINY: dict[str, Any] = dict(

@@ -1,10 +1,10 @@
 """The baselines compute the equations of their papers."""
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
+import baselines
+import mixers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,6 @@ from torch import Tensor, nn
 
 from timm_ait import HopfieldRetrieval, NormalizedPatchEmbed
 from timm_ait.selection import Selection, load_balance_loss
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import baselines
-import mixers
 
 B, N, M, E, D, H = 2, 7, 5, 33, 22, 11
 TINY: dict[str, Any] = dict(img_size=9, patch_size=3, num_classes=13, embed_dim=22, num_heads=11, depth=2)

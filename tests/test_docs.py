@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import memory
+import pytest
 import tables
 
 ROOT = Path(__file__).parents[1]

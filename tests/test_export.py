@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -266,7 +265,6 @@ def test_dynamic_quantisation_of_torch_changes_the_logits_little() -> None:
 def test_the_script_behind_the_table_measures_every_form_at_toy_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
     import export
 
     for i, colour in enumerate(('black', 'white')):

@@ -1,16 +1,13 @@
 """The script that says how many tokens a head attends to."""
 
-import sys
 from pathlib import Path
 
+import heads
 import pytest
 import timm
 import torch
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import heads
 
 
 def test_the_share_of_tokens_of_attention_made_by_hand() -> None:

@@ -1,19 +1,16 @@
 """The training loop of the experiments."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import loop
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from loop import Settings, augment, evaluate, fit, normalize, turn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import loop
-from loop import Settings, augment, evaluate, fit, normalize, turn
 
 N, CLASSES, SIDE, BATCH = 23, 3, 8, 5
 PER_EPOCH = N // BATCH  # 4 batches; 3 images of an epoch are left out

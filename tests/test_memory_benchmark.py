@@ -3,21 +3,18 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
+import controls
+import memory
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from ablations import count_parameters
 from torchvision.transforms.functional import to_pil_image
 
 from timm_ait import GlobalWorkspace
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import controls
-import memory
-from ablations import count_parameters
 
 
 @pytest.mark.parametrize('variant', memory.VARIANTS)

@@ -17,7 +17,6 @@ from test_docs import blocks_of
 from timm.data import create_transform, resolve_model_data_config
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'benchmarks'))
 FACTS = json.loads((ROOT / 'benchmarks' / 'results' / 'weights.json').read_text())
 FACT: dict[str, Any] = dict(
     weights='ait_vit_base_patch16_224.sam_in1k',

@@ -2,13 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import timm
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 from record import environment, write_record
 
 

@@ -1,15 +1,12 @@
 """slots.py measures whether a memory tells tokens apart."""
 
-import sys
 from pathlib import Path
 
 import pytest
+import slots
 import timm
 import torch
 from torchvision.transforms.functional import to_pil_image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import slots
 
 
 def test_the_script_prints_a_row_for_each_block_or_each_number_of_writes(

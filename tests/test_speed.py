@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,8 +9,12 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import speed
 import timm
 import torch
+from contenders import LoopedWorkspace, vit_like
+from measure import Row, Side, compare_bytes, peak_bytes, table, time_sides
+from memory import ADDITIVE, IMAGE
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,12 +22,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ait import GlobalWorkspace, NormalizedPatchEmbed
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import speed
-from contenders import LoopedWorkspace, vit_like
-from measure import Row, Side, compare_bytes, peak_bytes, table, time_sides
-from memory import ADDITIVE, IMAGE
 
 B, N, E, HIDDEN = 7, 11, 17, 19
 T = B * N

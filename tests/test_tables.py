@@ -8,14 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import batch_sizes
 import numpy as np
 import pytest
+import tables
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import batch_sizes
-import tables
 
 TOY = '--width 16 --depth 1 --train 20 --test 20 --epochs 2 --batch-size 5 --threads 1'.split()
 BOTH = ['--rows', 'ait', 'vit_small']

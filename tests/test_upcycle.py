@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import upcycle
 from hub_child import Child, blobs
 from hub_server import LoopbackHub
 from timm.models import get_pretrained_cfg
@@ -20,9 +20,6 @@ from torchvision.transforms.functional import to_pil_image
 
 from timm_ait import ait
 from timm_ait.convert import choose_layers
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import upcycle
 
 VIT = 'vit_base_patch16_224'
 MODELS = {'ait_vit_base_patch16_224': 12, 'ait_vit_medium_patch16_224': 6, 'ait_vit_small_patch16_224': 2}
