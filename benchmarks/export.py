@@ -21,11 +21,11 @@ from statistics import median
 
 import timm
 import torch
+from loop import sample_folder
 from record import write_record
-from timm.data import create_dataset, create_transform, resolve_model_data_config
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 import timm_ait  # noqa: F401  registers the models
 
@@ -124,10 +124,7 @@ FORMATS: dict[str, Callable[[nn.Module, Tensor, Path], Form]] = {
 
 def read_images(model: nn.Module, folder: Path, count: int) -> tuple[Tensor, Tensor]:
     """Read ``count`` images (T, C, H, W), as the model wants them, and labels (T,), evenly spread over the classes."""
-    dataset = create_dataset('folder', root=str(folder))
-    dataset.transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    chosen = Subset(dataset, range(0, len(dataset), max(len(dataset) // count, 1))[:count])
-    images, labels = zip(*DataLoader(chosen, batch_size=500), strict=True)
+    images, labels = zip(*DataLoader(sample_folder(folder, model, count), batch_size=500), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 

@@ -15,11 +15,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from loop import sample_folder
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader
 
 import timm_ait  # noqa: F401  registers the models
 
@@ -121,9 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--output', type=Path, default=Path('heads.png'))
     args = parser.parse_args(argv)
     model = timm.create_model(args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint)
-    dataset = ImageFolder(args.folder, create_transform(**resolve_model_data_config(model)))
-    chosen = torch.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).long().tolist()
-    loader = DataLoader(Subset(dataset, chosen), args.batch_size)
+    chosen = sample_folder(args.folder, model, args.images)
+    loader = DataLoader(chosen, args.batch_size)
     try:
         shares = head_shares(model.to(args.device), (images.to(args.device) for images, _ in loader))
     except ValueError as error:

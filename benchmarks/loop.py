@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from record import commit
+from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -83,6 +84,12 @@ def load(folder: Path, first: int, count: int) -> tuple[Tensor, Tensor]:
     paths = tqdm([path for path, _ in chosen], desc=f'reading {folder.name}', disable=None)
     images = torch.stack([pil_to_tensor(dataset.loader(path)) for path in paths])
     return images, torch.tensor([label for _, label in chosen])
+
+
+def sample_folder(folder: str | Path, model: nn.Module, count: int) -> Subset[Any]:
+    """At most ``count`` images and labels, as a model takes them, evenly spread over a folder of folders of classes."""
+    dataset = ImageFolder(str(folder), create_transform(**resolve_model_data_config(model)))
+    return Subset(dataset, torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist())
 
 
 class OutOfTimeError(Exception):

@@ -12,9 +12,8 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
-from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
+from loop import sample_folder
+from torch.utils.data import DataLoader
 
 from timm_ait import BlockReport, format_report, memory_report
 
@@ -49,10 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.folder is None:
         parser.error('give a folder of images, or --writes')
     model = timm.create_model(args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint).eval()
-    transform = create_transform(**resolve_model_data_config(model))
-    dataset = ImageFolder(args.folder, transform)
-    step = max(len(dataset) // args.images, 1)
-    images = DataLoader(Subset(dataset, range(0, len(dataset), step)), batch_size=100)
+    images = DataLoader(sample_folder(args.folder, model, args.images), batch_size=100)
     print(format_report(memory_report(model, images)))
 
 

@@ -9,7 +9,6 @@ import argparse
 import shutil
 import sys
 import time
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed
 from torch import Tensor, nn
 
 from timm_ait import format_report, memory_report
+from timm_ait.report import watch
 
 MODEL = 'ait_tiny_conv4_32'
 CLASSES = 10
@@ -147,21 +147,10 @@ def look_inside(model: Any, loader: Any, device: str) -> tuple[Tensor, Tensor, T
         Images (B, 3, H, W), labels (B,), predictions (B,), and for each of the L blocks the mean attention that each
         of its M slots gets (L, M).
     """
-    attention: list[list[Tensor]] = [[] for _ in model.blocks]
-    hooks = [
-        block.mlp.retrieval.softmax.register_forward_hook(partial(_append_mean, seen))
-        for block, seen in zip(model.blocks, attention, strict=True)
-    ]
-    batches = [(images, labels, model(images.to(device)).argmax(dim=-1).cpu()) for images, labels in loader]
-    for hook in hooks:
-        hook.remove()
+    with watch(model) as sums:
+        batches = [(images, labels, model(images.to(device)).argmax(dim=-1).cpu()) for images, labels in loader]
     images, labels, predictions = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    weights = torch.tensor([len(labels) for _, labels, _ in batches]) / len(labels)
-    return images, labels, predictions, torch.stack([weights @ torch.stack(seen) for seen in attention])
-
-
-def _append_mean(seen: list[Tensor], module: nn.Module, args: Any, shares: Tensor) -> None:
-    seen.append(shares.flatten(0, -2).mean(dim=0).cpu())  # (B*N, M) or (B, N, M) -> (M,)
+    return images, labels, predictions, torch.stack([(seen.shares / seen.tokens).cpu() for seen in sums.values()])
 
 
 def draw(path: Path, images: Tensor, labels: Tensor, predictions: Tensor, usage: Tensor) -> None:
