@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from loop import OutOfTimeError, Settings, evaluate, fit, load
+from loop import Settings, evaluate, fit, load
 from record import write_record
+from runs import format_gains, gains, interval, run_each, top1_of
 from torch import Tensor, nn
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
-
-# 97.5 % quantiles of Student's t, by degrees of freedom
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 class NoMemory(GlobalWorkspace):
@@ -148,25 +146,6 @@ def title(args: argparse.Namespace, variant: str, seed: int) -> str:
     return f'{variant}-{"attention" if args.attention else "alone"}-w{args.width}-d{args.depth}-{seed}'
 
 
-def interval(values: list[float]) -> float:
-    """Half of the 95 % interval of the mean, by Student's t."""
-    n = len(values)
-    if n - 1 > max(T):
-        raise ValueError(f'expected at most {max(T) + 1} seeds of a row, got {n}; remove some of the results')
-    return T[n - 1] * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
-
-
-def gains(top1: dict[int, float], control: dict[int, float]) -> list[float]:
-    """Differences over the seeds that both have."""
-    return [value - control[seed] for seed, value in top1.items() if seed in control]
-
-
-def format_gains(values: list[float]) -> str:
-    """Their mean with half of its 95 % interval; '' if there is none."""
-    half = f' ± {interval(values):.2f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):+.2f}{half}' if values else ''
-
-
 def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
     """Results by setting, then by variant, then by seed."""
     found: dict[str, dict[str, dict[int, Any]]] = {}
@@ -177,11 +156,6 @@ def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
         setting = f'width {arguments["width"]}, depth {arguments["depth"]}, {mixing}'
         found.setdefault(setting, {name: {} for name in VARIANTS})[record['variant']][record['seed']] = record
     return {setting: {name: seeds for name, seeds in rows.items() if seeds} for setting, rows in found.items()}
-
-
-def top1_of(seeds: dict[int, Any]) -> dict[int, float]:
-    """Test accuracies in percent, by seed."""
-    return {seed: record['top1'] for seed, record in seeds.items()}
 
 
 def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
@@ -282,13 +256,7 @@ def run_all(args: argparse.Namespace) -> None:
         'train': load(args.data / 'train', 0, args.images),
         'test': load(args.data / 'test', 0, args.test_images),
     }
-    for variant, seed in todo:
-        try:
-            top1 = run(args, data, variant, seed, deadline)
-        except OutOfTimeError as error:
-            print(f'{title(args, variant, seed)}: {error}; the same command goes on from there')
-            return
-        print(f'{title(args, variant, seed)}: {top1:.2f} %', flush=True)
+    run_each(todo, lambda variant, seed: run(args, data, variant, seed, deadline))
 
 
 if __name__ == '__main__':

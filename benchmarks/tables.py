@@ -24,9 +24,9 @@ from typing import Any
 import ablations
 import baselines
 import torch
-from loop import Data, OutOfTimeError, Settings, evaluate, fit, load
-from memory import format_gains, gains, interval, top1_of
+from loop import Data, Settings, evaluate, fit, load
 from record import write_record
+from runs import format_gains, gains, interval, run_each, top1_of
 from timm.optim import list_optimizers
 from torch import nn
 
@@ -329,13 +329,7 @@ def run_all(args: argparse.Namespace) -> None:
         return
     make = partial(TASKS[args.table].data, args)
     data = {'train': make('train', args.train), 'test': make('test', args.test)}
-    for row, seed in todo:
-        try:
-            top1 = run(row, seed, args, data, deadline)
-        except OutOfTimeError as error:
-            print(f'{row}, seed {seed}: {error}; the same command goes on from there')
-            return
-        print(f'{row}, seed {seed}: {top1:.2f} %', flush=True)
+    run_each(todo, lambda row, seed: run(row, seed, args, data, deadline))
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import memory
 import pytest
+import runs
 import tables
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,7 @@ def top1_of(row: str, **settings: Any) -> dict[int, float]:
     for rows in tables.gather(RESULTS / 'tables').values():
         arguments = next(iter(next(iter(rows.values())).values()))['arguments']
         if row in rows and arguments['table'] == 'cifar10' and settings.items() <= arguments.items():
-            return memory.top1_of(rows[row])
+            return runs.top1_of(rows[row])
     raise ValueError(f'there is no result of {row} with {settings}')
 
 
@@ -160,7 +161,7 @@ def measured() -> set[str]:
     finetuned = json.loads((RESULTS / 'upcycle.json').read_text())['finetuned']
     accuracies = [dict(enumerate(values)) for values in finetuned.values()]
     pairs += [(values, accuracies[0]) for values in accuracies[1:]]
-    texts += [memory.format_gains(memory.gains(*pair)) for pair in pairs]
+    texts += [runs.format_gains(runs.gains(*pair)) for pair in pairs]
     return set(INTERVAL.findall('\n'.join(texts)))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import controls
 import memory
 import pytest
+import runs
 import timm
 import torch
 import torch.nn.functional as F
@@ -89,10 +90,10 @@ def test_the_wider_mlp_has_as_many_trained_parameters_as_the_memory_that_pays() 
 
 
 def test_half_an_interval_is_students() -> None:
-    assert memory.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
-    assert math.isnan(memory.interval([1.0]))
+    assert runs.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(runs.interval([1.0]))
     with pytest.raises(ValueError, match='at most 10 seeds of a row, got 11'):
-        memory.interval([0.0] * 11)
+        runs.interval([0.0] * 11)
 
 
 def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,45 @@
+"""Runs of several models over seeds: one after the other until the time is over, and means with intervals."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from loop import OutOfTimeError
+
+# 97.5 % quantiles of Student's t, by degrees of freedom
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def run_each(todo: Iterable[tuple[str, int]], run: Callable[[str, int], float]) -> None:
+    """Run each of these names with its seed, and print its accuracy; stop where ``run`` is out of time."""
+    for name, seed in todo:
+        try:
+            top1 = run(name, seed)
+        except OutOfTimeError as error:
+            print(f'{name}, seed {seed}: {error}; the same command goes on from there')
+            return
+        print(f'{name}, seed {seed}: {top1:.2f} %', flush=True)
+
+
+def top1_of(seeds: dict[int, Any]) -> dict[int, float]:
+    """Test accuracies in percent, by seed."""
+    return {seed: record['top1'] for seed, record in seeds.items()}
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95 % interval of the mean, by Student's t."""
+    n = len(values)
+    if n - 1 > max(T):
+        raise ValueError(f'expected at most {max(T) + 1} seeds of a row, got {n}; remove some of the results')
+    return T[n - 1] * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
+
+
+def gains(top1: dict[int, float], control: dict[int, float]) -> list[float]:
+    """Differences over the seeds that both have."""
+    return [value - control[seed] for seed, value in top1.items() if seed in control]
+
+
+def format_gains(values: list[float]) -> str:
+    """Their mean with half of its 95 % interval; '' if there is none."""
+    half = f' ± {interval(values):.2f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):+.2f}{half}' if values else ''
