@@ -181,13 +181,19 @@ def test_a_model_compiled_as_one_graph_gives_the_same_gradients(backend: str, ch
     assert distance(gradients(model, LOSSES['cross entropy'], False, call=compiled), summed) < 1e-4
 
 
-def test_gradients_of_images_alone_hold_no_balance_loss_in_a_compiled_model_either() -> None:
+@pytest.mark.parametrize('what', ['model', 'step'])
+def test_gradients_of_images_alone_hold_no_balance_loss_where_it_is_compiled_either(what: str) -> None:
     x, found = IMAGES.clone().requires_grad_(), []
     for is_automatic in (True, False):
         model = make_model().train()
         model.auto_balance = is_automatic
-        compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
-        found.append(torch.autograd.grad(F.cross_entropy(compiled(x), TARGET), x)[0])
+        compiled = torch.compile(model, backend='aot_eager', fullgraph=True) if what == 'model' else model
+
+        def step(x: Tensor, model: nn.Module = compiled) -> Tensor:
+            return F.cross_entropy(model(x), TARGET)
+
+        loss = (torch.compile(step, backend='aot_eager', fullgraph=True) if what == 'step' else step)(x)
+        found.append(torch.autograd.grad(loss, x)[0])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
 

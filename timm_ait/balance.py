@@ -237,7 +237,7 @@ class TrackedTensor(Tensor):
     def track(self) -> Track:
         with torch._C.DisableTorchFunctionSubclass():
             if '_track' not in vars(self):
-                self._track = _start(is_loss=self.ndim == 0)  # compiled together with the model, or its logits
+                _tracked(self, _start(is_loss=self.ndim == 0))  # compiled together with the model, or its logits
             return self._track
 
     @classmethod
@@ -252,6 +252,9 @@ class TrackedTensor(Tensor):
             return iter(args[0].unbind())
         with torch._C.DisableTorchFunctionSubclass():
             if name in OF_THE_OBJECT:
+                if name in ('backward', 'grad'):  # the loss of a step that was compiled as a whole has no hook yet
+                    for x in tree_leaves((args, kwargs)):
+                        getattr(x, 'track', None)
                 return func(*args, **kwargs)
             is_in_place = bool(args) and bool(IN_PLACE.fullmatch(name))
             is_itself = is_in_place or name == '__get__'  # an attribute, such as `T` or `grad`
