@@ -14,6 +14,7 @@ import torch
 from baselines import LIKE_VIT_B, Baseline, Head, Stem
 from memory import ADDITIVE, IMAGE, NoMemory
 from mixers import CrossAttention, ViT
+from runs import count_parameters
 from torch import Tensor, nn
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, NormalizedPatchEmbed, RelationalTransformer
@@ -174,11 +175,6 @@ def create(
     for block in model.blocks:
         ablation.change(block)
     return model
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters that training changes."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def main(argv: list[str] | None = None) -> None:

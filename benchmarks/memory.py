@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from loop import Settings, evaluate, fit, load
 from record import write_record
-from runs import format_gains, gains, interval, run_each, top1_of
+from runs import count_parameters, format_gains, gains, interval, run_each, top1_of
 from torch import Tensor, nn
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
@@ -117,9 +117,9 @@ def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int,
     top1 = evaluate(model, test, settings)
     images = test[0][: min(500, len(test[0]))] / 127.5 - 1
     report = [] if VARIANTS[variant][0] is NoMemory else [vars(block) for block in memory_report(model, images)]
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     arguments = {key: value for key, value in vars(args).items() if key not in ('data', 'out', 'show')}
-    results = {'variant': variant, 'seed': seed, 'top1': top1, 'memory': report, 'parameters': parameters}
+    results = {'variant': variant, 'seed': seed, 'top1': top1, 'memory': report}
+    results['parameters'] = count_parameters(model)
     write_record(args.out / f'{title(args, variant, seed)}.json', arguments, {**results, **fitted.record()})
     checkpoint.unlink(missing_ok=True)
     return top1

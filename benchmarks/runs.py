@@ -1,10 +1,11 @@
-"""Runs of several models over seeds: one after the other until the time is over, and means with intervals."""
+"""Runs of several models over seeds: one after the other until the time is over, sizes, and means with intervals."""
 
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from loop import OutOfTimeError
+from torch import nn
 
 # 97.5 % quantiles of Student's t, by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -19,6 +20,11 @@ def run_each(todo: Iterable[tuple[str, int]], run: Callable[[str, int], float]) 
             print(f'{name}, seed {seed}: {error}; the same command goes on from there')
             return
         print(f'{name}, seed {seed}: {top1:.2f} %', flush=True)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def top1_of(seeds: dict[int, Any]) -> dict[int, float]:

@@ -26,7 +26,7 @@ import baselines
 import torch
 from loop import Data, Settings, evaluate, fit, load
 from record import write_record
-from runs import format_gains, gains, interval, run_each, top1_of
+from runs import count_parameters, format_gains, gains, interval, run_each, top1_of
 from timm.optim import list_optimizers
 from torch import nn
 
@@ -178,7 +178,7 @@ def run(row: str, seed: int, args: argparse.Namespace, data: dict[str, Data], de
     """Train and test one model, and write its result before the checkpoint goes; the test accuracy in percent."""
     model, settings, fitted, checkpoint = train(row, seed, args, data['train'], deadline)
     top1 = evaluate(model, data['test'], settings, workers=args.workers)
-    parameters = ablations.count_parameters(model)
+    parameters = count_parameters(model)
     results = {'row': row, 'seed': seed, 'top1': top1, 'parameters': parameters, 'command': args.command}
     write_record(args.out / f'{title(args, row, seed)}.json', settings_of(args), {**results, **fitted.record()})
     checkpoint.unlink(missing_ok=True)

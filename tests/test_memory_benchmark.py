@@ -12,7 +12,7 @@ import runs
 import timm
 import torch
 import torch.nn.functional as F
-from ablations import count_parameters
+from runs import count_parameters
 from torchvision.transforms.functional import to_pil_image
 
 from timm_ait import GlobalWorkspace
