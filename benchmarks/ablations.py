@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from baselines import LIKE_VIT_B, Baseline, Head, Stem
 from memory import ADDITIVE, IMAGE, NoMemory
 from mixers import CrossAttention, ViT
@@ -48,6 +49,22 @@ class OrthogonalMemory(GlobalWorkspace):
         """Start from orthogonal slots; more than ``slot_dim`` of them cannot all be orthogonal."""
         super().reset_parameters()
         nn.init.orthogonal_(self.memory)
+
+
+class UnitLogits(GlobalWorkspace):
+    """Slots score tokens with logits of unit variance from the start, as with the rule 'additive'."""
+
+    def address(self, memory: Tensor) -> Tensor:
+        """What W_Q reads for the slots (M, D)."""
+        return 3 * F.rms_norm(memory, [self.slot_dim])
+
+
+class FaintLogits(GlobalWorkspace):
+    """Slots score tokens with the small logits that rows of unit length give, whatever the rule."""
+
+    def address(self, memory: Tensor) -> Tensor:
+        """What W_Q reads for the slots (M, D)."""
+        return memory
 
 
 class RegisterViT(ViT):
@@ -98,13 +115,15 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_distinct': Ablation('a write that leaves the slots distinct', args=dict(write_rule='distinct')),
     'ait_image': Ablation('the same, for each image', args=IMAGE),
     'ait_additive': Ablation('a copy for each image that adds what it reads', args=ADDITIVE),
+    'ait_image_logits': Ablation("ait_image with the logits of 'additive'", UnitLogits, IMAGE),
+    'ait_additive_sum': Ablation('ait_additive with the logits of ait_image', FaintLogits, ADDITIVE),
 }
 ABLATIONS |= {
     f'ait_no_attention{name.removeprefix("ait")}': replace(
         ablation, text=f'no self-attention; {ablation.text}', args=dict(ablation.args, attention=False)
     )
     for name, ablation in ABLATIONS.items()
-    if name in ('ait', 'ait_no_memory', 'ait_frozen', 'ait_distinct', 'ait_image', 'ait_additive')
+    if name in ('ait', 'ait_no_memory', 'ait_frozen', 'ait_distinct') or name.startswith(('ait_image', 'ait_additive'))
 }
 NAMES = (*ABLATIONS, REGISTERS)
 

@@ -260,9 +260,12 @@ class Run:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: If it was made with other settings or another number of images.
+            ValueError: If it was made with other settings, another number of images, or by an older version.
         """
         state = torch.load(path, map_location='cpu', weights_only=True)
+        missing = [key for key in self.state() if key not in state]
+        if missing:
+            raise ValueError(f'{path} lacks {", ".join(missing)}: an older version wrote it; remove the file')
         saved = state['identity']
         differ = [f'{key}={saved.get(key)}' for key, value in self.identity.items() if saved.get(key) != value]
         if differ:

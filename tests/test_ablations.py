@@ -76,7 +76,7 @@ def test_stem_and_head_are_those_of_the_baselines(question_dim: int, head: str) 
 
 @pytest.mark.parametrize('name', ablations.ABLATIONS)
 def test_the_memory_moves_in_training_unless_it_is_frozen_or_absent(name: str) -> None:
-    assert memory_moves(tiny(name)) == (not name.endswith(('_frozen', '_no_memory', '_additive')))
+    assert memory_moves(tiny(name)) == (not any(part in name for part in ('_frozen', '_no_memory', '_additive')))
 
 
 def test_a_detached_write_gets_no_gradient_of_the_task() -> None:
@@ -97,13 +97,26 @@ def test_without_bottleneck_every_slot_reads_every_token() -> None:
 
 @pytest.mark.parametrize('name', ablations.ABLATIONS)
 def test_in_evaluation_only_self_attention_and_a_memory_of_the_image_mix_tokens(name: str) -> None:
-    mixes = 'no_attention' not in name or name.endswith(('_image', '_additive'))
+    mixes = 'no_attention' not in name or any(part in name for part in ('_image', '_additive'))
     model = tiny(name).eval()
     changed = images()
     changed[:, :, :PATCH, :PATCH] *= -1  # the first patch
     difference = (model.forward_features(changed) - model.forward_features(images())).abs().amax(dim=(0, 2))
     assert difference[0] > 1e-3
     assert (difference[1:] > 1e-5).all() if mixes else (difference[1:] < 1e-6).all()
+
+
+def test_the_logits_of_additive_vary_ten_times_as_much_as_those_of_image() -> None:
+    spread = {}
+    for name in ('ait_image', 'ait_image_logits', 'ait_additive', 'ait_additive_sum'):
+        layer = tiny(name, embed_dim=128, slot_dim=32, num_slots=32, write_heads=8).blocks[0].mlp
+        h = F.layer_norm(torch.randn(64, 128, generator=torch.Generator().manual_seed(1)), (128,))
+        logits = layer.fold_queries(layer.memory) @ h.t()
+        spread[name] = logits.std().item()
+    assert spread['ait_image'] == pytest.approx(spread['ait_additive_sum'], rel=0.1)
+    assert spread['ait_image_logits'] == pytest.approx(spread['ait_additive'], rel=0.1)
+    assert spread['ait_additive'] == pytest.approx(1, rel=0.2)
+    assert spread['ait_additive'] > 10 * spread['ait_image']
 
 
 def test_in_training_a_memory_of_the_batch_alone_mixes_images() -> None:

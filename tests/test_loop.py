@@ -159,6 +159,15 @@ def test_a_loss_that_is_not_finite_is_an_error_and_is_not_saved(
     assert not (tmp_path / 'run.pt').exists()
 
 
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / 'run.pt'
+    fit(make_linear(), images(), Settings(lr=0.01, batch_size=BATCH), path)
+    state = torch.load(path, weights_only=True)
+    loop.save({key: value for key, value in state.items() if key not in ('seconds', 'commits')}, path)
+    with pytest.raises(ValueError, match=r'run\.pt lacks seconds, commits: an older version wrote it; remove the file'):
+        fit(make_linear(), images(), Settings(lr=0.01, batch_size=BATCH), path)
+
+
 def test_fewer_images_than_a_batch_are_an_error() -> None:
     with pytest.raises(ValueError, match='at least one batch of 29 images, got 23; lower batch_size'):
         fit(make_linear(), images(), Settings(lr=0.01, batch_size=29))

@@ -66,8 +66,8 @@ class GlobalWorkspace(nn.Module):
     In training mode the layer adds the gradient of its balance loss to any backward pass through it, see `balance.py`.
     ``auto_balance = False`` turns that off.
 
-    For another write or another retrieval override :meth:`select`, :meth:`write`, :meth:`update` or :meth:`read`, and
-    give a model the new class as its ``workspace_layer``.
+    For another write or another retrieval override :meth:`address`, :meth:`select`, :meth:`write`, :meth:`update` or
+    :meth:`read`, and give a model the new class as its ``workspace_layer``.
 
     Args:
         in_features: E.
@@ -254,7 +254,7 @@ class GlobalWorkspace(nn.Module):
             logits, tokens = (top_logits if h.ndim == 2 else top_logits_per_image)(queries, h, k)
             logits, tokens = logits.unflatten(-2, (S, M)), tokens.unflatten(-2, (S, M))  # (..., S, M, k)
         else:
-            queries = call_wide(self.query, self._address(memory))
+            queries = call_wide(self.query, self.address(memory))
             queries = queries.unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
             keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).movedim(-3, -1)  # (..., T, S*D) -> (..., S, D, T)
             logits, tokens = (queries @ keys / math.sqrt(self.slot_dim)).topk(k, dim=-1, sorted=False)
@@ -263,12 +263,12 @@ class GlobalWorkspace(nn.Module):
     def fold_queries(self, memory: Tensor) -> Tensor:
         """Queries that score tokens without their keys, ``q (W_K h) = (W_K^T q) h``: (M, D) -> (S, M, E)."""
         S, D = self.write_heads, self.slot_dim
-        queries = F.linear(self._address(memory), self.query.weight.to(memory.dtype))
+        queries = F.linear(self.address(memory), self.query.weight.to(memory.dtype))
         queries = queries.unflatten(-1, (S, D))  # (M, S*D) -> (M, S, D)
         keys = self.key.weight.to(memory.dtype).unflatten(0, (S, D))  # (S*D, E) -> (S, D, E)
         return torch.matmul(queries.transpose(0, 1) / math.sqrt(D), keys)
 
-    def _address(self, memory: Tensor) -> Tensor:
+    def address(self, memory: Tensor) -> Tensor:
         """The slots (M, D) as W_Q reads them.
 
         Rows of length 1 give logits with a standard deviation of 0.06 at the start: all slots of an image read its mean
@@ -347,7 +347,7 @@ class GlobalWorkspace(nn.Module):
     def copy_memory(self, h: Tensor) -> Tensor:
         """The copies (B, M, D) that the images of the tokens ``h`` (B, N, E) write: :meth:`write` for TorchScript."""
         S, memory = self.write_heads, self.memory.to(h.dtype)
-        queries = self.query(self._address(memory)).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
+        queries = self.query(self.address(memory)).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
         keys = self.key(h).unflatten(-1, (S, -1)).permute(0, 2, 3, 1)  # (B, N, S*D) -> (B, S, D, N)
         values = self.value(h).unflatten(-1, (S, -1)).transpose(1, 2)  # (B, N, S*D) -> (B, S, N, D)
         logits = torch.matmul(queries, keys) / math.sqrt(self.slot_dim)
