@@ -114,12 +114,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('folder', help='of images, one folder a class')
     parser.add_argument('--model', default='vit_base_patch16_224')
     parser.add_argument('--checkpoint', default='', help="instead of the model's own weights")
+    parser.add_argument('--num-classes', type=int, help='of the checkpoint, where the model has another number')
     parser.add_argument('--images', type=int, default=500, help='spread evenly over the folder')
     parser.add_argument('--batch-size', type=int, default=20)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--output', type=Path, default=Path('heads.png'))
     args = parser.parse_args(argv)
-    model = timm.create_model(args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint)
+    model = timm.create_model(
+        args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint, num_classes=args.num_classes
+    )
     chosen = sample_folder(args.folder, model, args.images)
     loader = DataLoader(chosen, args.batch_size)
     try:

@@ -8,6 +8,7 @@ A retrieval that is the same for every token is a bias, even if it is long. So l
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,6 +17,7 @@ from loop import sample_folder
 from torch.utils.data import DataLoader
 
 from timm_ait import BlockReport, format_report, memory_report
+from timm_ait.visualize import load_model
 
 
 @torch.no_grad()
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', help='images, one folder for each class')
     parser.add_argument('--model', default='test_ait')
-    parser.add_argument('--checkpoint', default='', help="take these weights instead of the model's own")
+    parser.add_argument('--checkpoint', type=Path, help="take these weights instead of the model's own")
     parser.add_argument('--images', type=int, default=1000, help='number of images, spread evenly over the folder')
     parser.add_argument('--writes', type=int, help='write so many batches to an untrained memory instead')
     args = parser.parse_args(argv)
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.folder is None:
         parser.error('give a folder of images, or --writes')
-    model = timm.create_model(args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint).eval()
+    model = load_model(args.model, args.checkpoint).eval()
     images = DataLoader(sample_folder(args.folder, model, args.images), batch_size=100)
     print(format_report(memory_report(model, images)))
 

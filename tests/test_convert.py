@@ -242,6 +242,7 @@ def test_a_vit_key_that_is_missing_is_named(key: str) -> None:
         (dict(attention=False), r'the arguments of the checkpoint \(attention\)'),
         (dict(qkv_bias=True), r'the arguments of the checkpoint \(qkv_bias\)'),
         (dict(pos_embed='learn'), r'the arguments of the checkpoint \(pos_embed\)'),
+        (dict(global_pool='map', num_classes=0), r'the arguments of the checkpoint \(.*global_pool'),
         (dict(depth=3), 'the depth of the checkpoint'),
         (dict(mlp_ratio=4.0), 'the arguments of the checkpoint .*mlp_ratio'),
         (dict(global_pool='avg'), r'the pooling of the checkpoint, then change it with reset_classifier'),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,21 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(
         datasets.main(argv.format(tmp_path / 'data').split())
     assert 'error: expected' in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_that_cannot_be_written_is_said_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match='2'):
+        datasets.main(['triangle', str(tmp_path / 'file' / 'data'), '--train', '2'])
+    assert 'Not a directory' in capsys.readouterr().err
+
+
+def test_the_command_for_train_py_bears_a_folder_with_a_space(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / 'my images'
+    datasets.main(['triangle', str(folder), '--train', '2', '--validation', '0', '--test', '0'])
+    words = shlex.split(capsys.readouterr().out)
+    assert words[words.index('--data-dir') + 1] == str(folder)

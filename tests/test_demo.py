@@ -105,6 +105,16 @@ def test_a_missing_optional_package_is_named(
     assert "needs sklearn: pip install 'timm_ait[demo]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('option', ['--epochs', '--batch-size'])
+def test_a_number_below_one_is_refused_before_anything_is_written(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        demo.main(['--output', str(tmp_path / 'demo'), option, '0'])
+    assert f'error: {option} must be at least 1, got 0' in capsys.readouterr().err
+    assert not (tmp_path / 'demo').exists()
+
+
 def test_the_demo_prints_the_commands_of_its_run(ran: tuple[Path, str]) -> None:
     args = argparse.Namespace(device='cpu', epochs=1, batch_size=64, workers=1)
     for command in demo.commands(Path('out/digits'), args):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_ait import AssociativeTransformer
 from timm_ait.distributed import merge_heads
+from timm_ait.layers import orthogonalise
 
 B, CLASSES = 5, 7
 Check = Callable[[int, int], None]
@@ -41,8 +43,12 @@ def make_model(**kwargs: Any) -> AssociativeTransformer:
 
 
 def batch(seed: int, size: int = B) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, 3, 32, 32, generator=generator), torch.randint(0, CLASSES, (size,), generator=generator)
+    source = generator(seed)
+    return torch.randn(size, 3, 32, 32, generator=source), torch.randint(0, CLASSES, (size,), generator=source)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def make_task(model: AssociativeTransformer, **ddp: Any) -> tuple[ClassificationTask, torch.optim.Optimizer]:
@@ -89,7 +95,7 @@ def check_ranks_that_see_the_data_of_one_process_end_with_its_memory(rank: int, 
     for i in range(2):
         images, _ = batch(i)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, 'get_world_size', lambda: 1)
+            patch.setattr(dist, 'get_world_size', lambda *_: 1)
             alone(images)
         shared(images)
     for a, b in zip(memories(alone), memories(shared), strict=True):
@@ -102,7 +108,7 @@ def check_a_batch_cut_over_the_ranks_writes_like_the_whole(rank: int, world: int
     alone, shared = make_model(bottleneck=10**6), make_model(bottleneck=10**6)
     images, _ = batch(7, size=world * 3 + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, 'get_world_size', lambda: 1)
+        patch.setattr(dist, 'get_world_size', lambda *_: 1)
         alone(images)
     shared(images.tensor_split(world)[rank])  # unequal parts
     torch.testing.assert_close(memories(shared)[0], memories(alone)[0], rtol=0, atol=1e-6)
@@ -154,7 +160,7 @@ def check_nan_on_one_rank_leaves_the_write_to_the_others(rank: int, world: int) 
         others = [batch(100 * other)[0] for other in range(1, world)]
         if world == 2:  # then what is left is one rank's own write
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(dist, 'get_world_size', lambda: 1)
+                patch.setattr(dist, 'get_world_size', lambda *_: 1)
                 twin(others[0])
             torch.testing.assert_close(memories(model), memories(twin), rtol=0, atol=1e-6)
 
@@ -172,7 +178,9 @@ def check_a_step_takes_one_collective_a_layer_and_evaluation_none(rank: int, wor
     calls = []
     gather = dist.all_gather_into_tensor
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, 'all_gather_into_tensor', lambda out, x: (calls.append(x.numel()), gather(out, x))[1])
+        patch.setattr(
+            dist, 'all_gather_into_tensor', lambda out, x, group: (calls.append(x.numel()), gather(out, x, group))[1]
+        )
         model = make_model(depth=3)
         model(batch(rank)[0])
         assert calls == 3 * [4 * 16 * (16 + 1)]  # S, M, D + 1
@@ -278,7 +286,7 @@ def check_images_that_write_copies_move_one_memory_on_all_ranks(rank: int, world
     for rule in ('distinct', 'additive'):
         alone, shared = (make_model(write_scope='image', write_rule=rule) for _ in range(2))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, 'get_world_size', lambda: 1)
+            patch.setattr(dist, 'get_world_size', lambda *_: 1)
             whole = alone(images)
         part = shared(images.tensor_split(world)[rank])  # unequal parts
         torch.testing.assert_close(part, whole.tensor_split(world)[rank], rtol=1e-4, atol=1e-5)
@@ -299,6 +307,34 @@ def check_any_output_keeps_one_memory_in_training_and_in_evaluation_that_writes(
         output(model, batch(100 * rank)[0])
         assert_same_on_all_ranks(memories(model))
         assert not any(torch.equal(a, b) for a, b in zip(before, memories(model), strict=True))
+
+
+@on_every_rank
+def check_only_the_ranks_of_a_group_share_a_memory(rank: int, world: int) -> None:
+    groups = [dist.new_group([i]) for i in range(world)]
+    for kwargs in (dict(), dict(write_scope='image', write_rule='distinct')):
+        layer = make_model(**kwargs).blocks[0].mlp
+        before, x = layer.memory.clone(), torch.randn(3, 5, layer.in_features, generator=generator(rank))
+        memory = layer.step(x, before)[1].memory
+        layer.process_group = groups[rank]
+        layer(x)
+        if layer.has_copies():
+            memory = orthogonalise(F.normalize(memory.sum(dim=0), dim=-1))
+        torch.testing.assert_close(layer.memory, memory)
+
+
+@on_every_rank
+def check_a_rank_without_images_leaves_the_write_to_the_others(rank: int, world: int) -> None:
+    for kwargs in (dict(), dict(write_scope='image', write_rule='distinct')):
+        alone, layer = (make_model(**kwargs).blocks[0].mlp for _ in range(2))
+        alone.process_group = [dist.new_group([i]) for i in range(world)][rank]
+        x = torch.randn(3, 5, layer.in_features, generator=generator(0))
+        alone(x), layer(x if rank == 0 else x[:0])
+        torch.testing.assert_close(layer.memory, alone.memory)
+        assert_same_on_all_ranks([layer.memory])
+        layer(x[:0])
+        torch.testing.assert_close(layer.memory, alone.memory)
+        assert layer.balance_loss() == 0
 
 
 def run_rank(rank: int, world: int, folder: str) -> None:

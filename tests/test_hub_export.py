@@ -78,6 +78,9 @@ def test_a_checkpoint_of_the_authors_is_exported_as_a_folder_that_loads_bit_for_
         ('tensor.pth', torch.zeros(3), 'expected a state dict or a checkpoint of train.py in .*, got Tensor'),
         ('list.pth', [1, 2], 'expected a state dict or a checkpoint of train.py in .*, got list'),
         ('page.pth', b'<html>', r'page\.pth is no checkpoint of tensors and plain values'),
+        ('summary.csv', b'epoch,train_loss\n0,2.3\n', r'summary\.csv is no checkpoint of tensors and plain values'),
+        ('args.yaml', b'aa: null\namp: false\n', r'args\.yaml is no checkpoint of tensors and plain values'),
+        ('short.pth', b'hi\n', r'short\.pth is no checkpoint of tensors and plain values'),
     ],
 )
 def test_what_is_no_checkpoint_is_named(name: str, content: Any, message: str, tmp_path: Path) -> None:
@@ -85,6 +88,18 @@ def test_what_is_no_checkpoint_is_named(name: str, content: Any, message: str, t
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=message):
         hub.read_checkpoint(path)
+
+
+def test_a_damaged_config_beside_the_weights_is_named(tmp_path: Path) -> None:
+    save_file({'weight': torch.zeros(1)}, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text('{"architecture": ')
+    with pytest.raises(ValueError, match=r'config\.json is no JSON .*; copy it once more, or remove it'):
+        hub.read_checkpoint(tmp_path / 'model.safetensors')
+
+
+def test_a_checkpoint_may_hold_no_arguments(tmp_path: Path) -> None:
+    torch.save({'model': {'weight': torch.zeros(1)}, 'args': None}, tmp_path / 'model.pth')
+    assert hub.read_checkpoint(tmp_path / 'model.pth').args == {}
 
 
 def test_a_config_of_another_library_beside_the_weights_says_nothing(checkpoint: Path, tmp_path: Path) -> None:

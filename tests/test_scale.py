@@ -18,6 +18,7 @@ torch.manual_seed(0)
 Y, WEIGHTS = torch.randint(0, C, (B,)), torch.linspace(0.5, 2, B)
 ONE_HOT = F.one_hot(Y, C).float()
 SCALE, COUNT = torch.tensor(1024.0), torch.tensor(4 * B)
+LAM, HALF = torch.tensor(0.3), torch.tensor(0.5)
 ce = partial(F.cross_entropy, target=Y)
 
 
@@ -131,6 +132,16 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     'task and distillation': lambda x: 0.3 * ce(x) + 0.7 * z(x),
     'task and a small penalty': lambda x: ce(x) + 0.01 * z(x),
     'task and a large weight': lambda x: 10 * ce(x) + z(x),
+    'mixup by a tensor': lambda x: LAM * ce(x) + (1 - LAM) * ce(x.flip(0)),
+    'mixup by halves in a tensor': lambda x: HALF * ce(x) + HALF * ce(x.flip(0)),
+    'a penalty with a tensor for its weight': lambda x: ce(x) + LAM * z(x),
+    'a penalty with a tensor of zero': lambda x: ce(x) + torch.tensor(0.0) * z(x),
+    'weights in a tensor': lambda x: WEIGHTS[0] * ce(x) + WEIGHTS[1] * z(x) + WEIGHTS[2] * x.abs().mean(),
+    'a mask of one loss': lambda x: ce(x) * torch.isfinite(ce(x)),
+    'divided by whether there are labels': lambda x: ce(x) / (Y >= 0).any(),
+    'two sums, divided by the samples': lambda x: (ce(x, reduction='sum') + x.square().sum()) / B,
+    'the two sums of a VAE': lambda x: (ce(x, reduction='sum') + 0.1 * x.square().sum()) / B,
+    'a sum and a mean, divided by the samples': lambda x: (ce(x, reduction='sum') + 0.1 * z(x)) / B,
     'two heads': lambda x: ce(x) + 0.4 * ce(x.flip(0)),
     'a stack of two': lambda x: torch.stack([ce(x), ce(x.flip(0))]).mean(),
     'negative mean of logs': lambda x: -x.log_softmax(-1).gather(1, Y[:, None]).mean(),
@@ -175,6 +186,9 @@ SCALED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     'a scaler on each term': (lambda x: ce(x) * SCALE + z(x) * SCALE, 1024),
     'a scaler on distillation': (lambda x: (0.3 * ce(x) + 0.7 * z(x)) * SCALE, 1024),
     'a scaler as a number': (lambda x: ce(x) * 1024 + z(x) * 1024, 1024),
+    'a scaler on terms with weights in tensors': (lambda x: (ce(x) + LAM * z(x)) * SCALE, 1024),
+    'a scaler as a number on such terms': (lambda x: (ce(x) + LAM * z(x)) * 1024, 1024),
+    'accumulation of two sums, at once': (lambda x: (ce(x, reduction='sum') + 0.1 * x.square().sum()) / (4 * B), 1 / 4),
     'accumulation and a scaler': (lambda x: ce(x) / 4 * SCALE, 256),
     'a stack, summed': (lambda x: torch.stack([ce(x) / 4, z(x) / 4]).sum(), 1 / 4),
     'a loss added to a scaled tensor in place': (lambda x: torch.zeros(()).add_(ce(x)) / 4, 1 / 4),
@@ -269,6 +283,32 @@ def test_gradients_of_a_term_that_are_only_looked_at_take_nothing_from_the_sum()
     first, second = ce(x), z(x)
     torch.autograd.grad(first, [model.weight, model.balance], retain_graph=True)
     (first + second).backward()
+    assert model.factor() == pytest.approx(1)
+
+
+def test_a_pass_that_cannot_be_followed_beside_one_that_can_counts_nothing_more() -> None:
+    orders = ('followed', 'hidden'), ('hidden', 'followed'), ('by hand', 'followed'), ('by hand', 'hidden')
+    for first, second in orders:
+        balance._pending.clear()  # these warnings have a test of their own
+        model = Model()
+        loss = model.balance * 1
+        hidden = attach(model.weight * 2, loss)
+        x = track(hidden)
+        passes = {
+            'followed': lambda x=x: ce(x),
+            'hidden': lambda hidden=hidden: hidden.square().mean(),
+            'by hand': lambda x=x, loss=loss: ce(x) + balance.hand_out(loss),
+        }
+        passes[first]().backward(retain_graph=True)
+        passes[second]().backward()
+        assert model.factor() == pytest.approx(1), (first, second)
+
+
+def test_an_inner_step_that_an_outer_one_differentiates_counts_once() -> None:
+    model = Model()
+    inner = torch.autograd.grad(ce(model()), [model.weight, model.balance], create_graph=True)
+    (z(model()) + inner[0].square().mean()).backward()
+    assert inner[1].item() == pytest.approx(1)
     assert model.factor() == pytest.approx(1)
 
 

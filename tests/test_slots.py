@@ -22,3 +22,11 @@ def test_the_script_prints_a_row_for_each_block_or_each_number_of_writes(
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ['0', '1', '3']
     with pytest.raises(SystemExit):
         slots.main([])
+
+
+def test_a_checkpoint_may_have_another_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'a').mkdir()
+    to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / 'a' / '0.png')
+    torch.save(timm.create_model('test_ait', num_classes=3).state_dict(), tmp_path / 'three.pth')
+    slots.main([str(tmp_path), '--checkpoint', str(tmp_path / 'three.pth'), '--images', '1'])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(timm.create_model('test_ait').blocks)

@@ -22,7 +22,7 @@ from timm.utils import freeze
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchvision import tv_tensors
 
 import timm_ait
@@ -191,6 +191,9 @@ WRAPPED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     'its own': lambda m, x: (m.set_grad_checkpointing(), m(x))[1],
     'around the model': lambda m, x: checkpoint(m, x, use_reentrant=False),
     'around the model, reentrant': lambda m, x: checkpoint(m, x, use_reentrant=True),
+    'around the model, keeping products': lambda m, x: checkpoint(
+        m, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    ),
     'around each block': lambda m, x: m.forward_head(
         checkpoint(m.blocks[1], checkpoint(m.blocks[0], m.patch_embed(x), use_reentrant=False), use_reentrant=False)
     ),
@@ -453,6 +456,10 @@ PRIVATE = {
     'torch.autograd.Variable._execution_engine.queue_callback': 'balance.py: the end of a backward pass',
     'torch.utils._pytree.tree_map': 'balance.py: outputs in lists and dicts',
     'torch.utils._pytree.tree_leaves': 'balance.py: arguments in lists and dicts',
+    'torch.utils._python_dispatch._disable_current_modes': 'replay.py: what selective checkpointing must not see',
+    'torch.utils._python_dispatch._get_current_dispatch_mode_stack': 'replay.py: whether it runs',
+    'torch.utils.checkpoint._CachedTorchDispatchMode': 'replay.py: whether it runs',
+    'torch.utils.checkpoint._CachingTorchDispatchMode': 'replay.py: whether it runs',
     'torch.compiler._is_exporting_flag': 'transformer.py: outputs stay plain while a model is exported',
     'torch.ops.aten._embedding_bag_per_sample_weights_backward': 'selection.py: gradient of the gates on a CPU',
     'torch.nn.Module._forward_hooks': 'layers.py: whether somebody has changed a layer',

@@ -295,6 +295,19 @@ def test_an_image_that_is_not_finite_spoils_neither_the_memory_nor_other_images(
     torch.testing.assert_close(layer.memory.norm(dim=-1), torch.ones(M))
 
 
+@variants([{}, *VARIANTS.values()], ids=['published', *VARIANTS])
+def test_a_batch_without_images_leaves_the_memory_as_it_was(kwargs: dict[str, Any]) -> None:
+    layer = make_layer(**kwargs)
+    layer(tokens())
+    before = layer.memory.clone()
+    out = layer(tokens(images=0))
+    assert out.shape == (0, N, E)
+    assert torch.equal(layer.memory, before)
+    assert layer.balance_loss() == 0
+    out.sum().backward()
+    assert all(p.grad.count_nonzero() == 0 for p in layer.parameters() if p.grad is not None)
+
+
 @pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
 @variants(IMAGE.values(), ids=IMAGE)
 def test_scripted_exported_and_compiled_it_gives_the_same_logits(kwargs: dict[str, Any]) -> None:

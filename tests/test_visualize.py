@@ -296,6 +296,7 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
         (['test_ait', 'empty'], 'empty holds no images'),
         (['test_vit', 'empty'], 'test_vit has no memory to look into'),
         (['test_ait_relational', 'empty'], 'test_ait_relational answers questions, and a folder of images holds none'),
+        (['test_ait.no_tag', 'empty'], 'timm cannot make test_ait.no_tag: Invalid pretrained tag'),
         (['no_model', 'empty'], 'expected the name of a model, a checkpoint or the folder of train.py, got no_model'),
         (['empty', 'empty'], 'empty holds no checkpoint-<epoch>.pth.tar'),
         (['plain.pth', 'empty'], 'plain.pth does not say which model it holds; name the model'),

@@ -56,7 +56,7 @@ class _Pass:
 # Backward passes that run now, by the number of their graph task: checkpointing starts inner ones, of higher numbers.
 # PyTorch's engine alone holds them. So a pass that ends in an error leaves nothing to the next one.
 _passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
-_pending: list[str] = []
+_pending: set[str] = set()
 
 
 def is_backward_running() -> bool:
@@ -90,6 +90,8 @@ def attach(memory: Tensor, balance_loss: Tensor) -> Tensor:
         memory: (M, D) or (B, M, D), what the retrieval reads.
         balance_loss: (), differentiable. It lives as long as the graph of the result.
     """
+    if not torch.compiler.is_compiling() and not is_backward_running():
+        _warn_of_last_pass()
     return _Attach.apply(memory, balance_loss)
 
 
@@ -120,29 +122,36 @@ def _as_scalar(scale: float | Tensor, device: torch.device, dtype: torch.dtype) 
 
 
 class _State:
-    """Of one forward of one layer: the balance loss, and whether a pass without known loss has counted it."""
+    """Of one forward of one layer: the balance loss, and which pass has counted it.
+
+    Attributes:
+        counted: Parts of the loss of that pass, empty where it is not known; None before the first pass.
+    """
 
     def __init__(self, balance_loss: Tensor) -> None:
         self.balance_loss = balance_loss
-        self.is_counted = False
+        self.counted: frozenset[int] | None = None
         self.is_half = _is_half(balance_loss)
 
     def scale(self) -> float | Tensor:
-        """Factor of the balance loss in the running backward pass."""
+        """Factor of the balance loss in the running backward pass; 0 where a pass from another loss has counted it."""
         if not _asks_for_parameters(self.balance_loss):
             return 0.0
         running = _innermost()
-        if running is not None:
-            if running.loss is not None:
-                running.loss.count()
-            return running.scale
-        if self.is_half:
-            _pending.append(UNKNOWN_SCALE)
-        if self.is_counted:
-            _pending.append(COUNTED_ONCE)
+        if running is None and self.is_half:
+            _pending.add(UNKNOWN_SCALE)
+        parts = running.loss.parts if running is not None and running.loss is not None else frozenset()
+        if self.counted is not None and not self.counted & parts:
+            if running is None:
+                _pending.add(COUNTED_ONCE)
             return 0.0
-        self.is_counted = True
-        return 1.0
+        if self.counted is None:
+            self.counted = parts
+        if running is None:
+            return 1.0
+        if running.loss is not None:
+            running.loss.count()
+        return running.scale
 
 
 def _is_half(x: Tensor) -> bool:
@@ -288,7 +297,6 @@ def track(outputs: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return tree_map(lambda x: x.as_subclass(TrackedTensor) if type(x) is Tensor else x, outputs)
-    _warn_of_last_pass()
     start = _start()
     return tree_map(lambda x: _tracked(x, start) if type(x) is Tensor and x.requires_grad else x, outputs)
 

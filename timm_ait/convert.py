@@ -62,6 +62,7 @@ DECIDED_BY = {
     r'^(cls|reg)_token$': 'class_token, reg_tokens',
     r'^(norm|fc_norm)\.': 'global_pool, fc_norm, final_norm',
     r'^question_embed\.': 'question_dim',
+    r'^attn_pool\.': 'global_pool',
 }
 # The parameters of a workspace that a ViT does not have. Both have fc1 and fc2.
 WORKSPACE_KEYS = re.compile(r'blocks\.\d+\.mlp\.(?!fc[12]\.).+')
@@ -264,7 +265,7 @@ def _remedy(keys: list[str]) -> str:
         )
     if any(key.endswith('.attractors') for key in keys):
         return 'a model that was reparameterised has lost its memory; save it before reparameterize_model'
-    if any(key.endswith('.mlp.fc1.weight') for key in keys):
+    if any(re.fullmatch(r'blocks\.\d+\.mlp\.fc1\.weight', key) for key in keys):
         return 'create the model with the depth of the checkpoint'
     found = [name for pattern, name in DECIDED_BY.items() if any(re.search(pattern, key) for key in keys)]
     return f'create the model with the arguments of the checkpoint ({", ".join(found or ["depth"])})'

@@ -11,6 +11,7 @@ Workspace*, https://arxiv.org/abs/2103.01197.
 import argparse
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -324,13 +325,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         splits = make_splits(sizes=sizes, **options)
         write_folders(folder, splits)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     one = next(iter(splits.values()))
     size = f'--num-classes {one.num_classes} --input-size 3 {one.img_size} {one.img_size}'
     # without a validation folder train.py would validate on all that it finds
     val_split = '' if 'validation' in splits else ' --val-split test'
-    print(f'train.py reads it with --data-dir {folder} {size} --no-aug{val_split}')
+    print(f'train.py reads it with --data-dir {shlex.quote(str(folder))} {size} --no-aug{val_split}')
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ picture of the predictions and of the use of the memory.
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
@@ -42,7 +43,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--min-accuracy', type=float, default=95.0, help='in percent; the demo fails below it')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ('epochs', 'batch_size'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    return args
 
 
 def write_digits(folder: Path, seed: int) -> None:
@@ -198,7 +203,8 @@ def _draw_slots(figure: Any, usage: Tensor) -> None:
 def commands(data: Path, args: argparse.Namespace) -> list[str]:
     """List the commands that do the same with the scripts of timm, for the image folder ``data``."""
     common = (
-        f'--data-dir {data} --model {MODEL} --num-classes {CLASSES} --device {args.device} --workers {args.workers}'
+        f'--data-dir {shlex.quote(str(data))} --model {MODEL} --num-classes {CLASSES} '
+        f'--device {args.device} --workers {args.workers}'
     )
     scripts = SCRIPTS.format(version=timm.__version__)
     return [

@@ -8,7 +8,6 @@ folder as a user of the Hub will, call ``timm.create_model('local-dir:FOLDER', p
 
 import argparse
 import json
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -74,7 +73,9 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: whatever the file holds is taken for a pickle
         raise ValueError(
             f'{path} is no checkpoint of tensors and plain values, so it is not read; save the weights alone '
             f'({str(error).partition(chr(10))[0]})'
@@ -85,7 +86,7 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     state_dict = content.get('state_dict_ema' if is_ema else 'state_dict', content.get('model', content))
     facts = {'epoch': content.get('epoch'), content.get('metric_name', 'metric'): content.get('metric')}
     facts = {key: value for key, value in facts.items() if isinstance(value, (int, float))}
-    args = content.get('args', {})
+    args = content.get('args') or {}
     return Checkpoint(clean_state_dict(state_dict), dict(args if isinstance(args, dict) else vars(args)), is_ema, facts)
 
 
@@ -93,7 +94,10 @@ def _saved_args(path: Path) -> dict[str, Any]:
     """Read the config that timm wrote beside the weights, in the names of train.py's arguments."""
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is no JSON ({error}); copy it once more, or remove it') from error
     if 'architecture' not in config:  # of another library
         return {}
     pixels = {key: config.get('pretrained_cfg', {}).get(key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
@@ -178,7 +182,10 @@ def build_model(
         'global_pool': args.get('gp'),
     }
     kwargs = {**known, **(args.get('model_kwargs') or {}), **model_kwargs}
-    model = timm.create_model(name, pretrained_cfg_overlay={'num_classes': kwargs['num_classes']}, **kwargs)
+    try:
+        model = timm.create_model(name, pretrained_cfg_overlay={'num_classes': kwargs['num_classes']}, **kwargs)
+    except (RuntimeError, TypeError) as error:  # no such model, no such tag, no such argument
+        raise ValueError(f'timm cannot make {name} with {kwargs}: {error}') from error
     if not isinstance(model, AssociativeTransformer):
         raise ValueError(f'{name} is no model of this package; publish it with timm.models.push_to_hf_hub')
     try:

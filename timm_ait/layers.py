@@ -58,13 +58,23 @@ def call_wide(layer: Any, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype))
 
 
+def rms_norm(x: Tensor) -> Tensor:
+    """Rows (..., D) whose elements are brought to a mean square of 1; zeros stay zeros."""
+    if torch.jit.is_scripting():
+        return F.rms_norm(x, [x.shape[-1]], eps=1e-24)
+    elif torch.onnx.is_in_onnx_export():  # the older exporter lacks the norm
+        return x / x.square().mean(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
+    else:
+        return F.rms_norm(x, [x.shape[-1]], eps=1e-24)
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """Rows (..., D) brought to length 1; zeros stay zeros.
 
     For what is trained: PyTorch has one operation each way for this norm on a GPU, and many for ``F.normalize``.
     Without gradients ``F.normalize`` is the shorter one on a CPU.
     """
-    return F.rms_norm(x, x.shape[-1:], eps=1e-24) * x.shape[-1] ** -0.5
+    return rms_norm(x) * x.shape[-1] ** -0.5
 
 
 def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:

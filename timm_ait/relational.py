@@ -162,6 +162,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_relational(variant: str, pretrained: bool, depth: int, kwargs: dict[str, Any]) -> Any:
+    if kwargs.get('features_only'):
+        raise ValueError(
+            f'features_only takes images alone, and {variant} answers questions about them; call '
+            'model.forward_intermediates(image, question)'
+        )
     model_args = _paper(depth, dict(dict(patch_size=15), **kwargs))
     return _create_ait(variant, pretrained, model_class=RelationalTransformer, **model_args)
 

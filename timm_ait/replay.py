@@ -4,13 +4,16 @@ import math
 import warnings
 import weakref
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-__all__ = ['Replay', 'snapshot']
+__all__ = ['Replay', 'out_of_sight', 'snapshot']
 
 MOST_FORWARDS = 64  # between a forward and its backward pass
 FAR = 0.5  # mean distance of two inputs, beside their mean size, from which on they are not the same but for rounding
@@ -20,13 +23,28 @@ FORGOTTEN = (
 )
 
 
+def out_of_sight() -> AbstractContextManager[Any]:
+    """For operations that a forward has and its repetition has not, or the other way round.
+
+    Selective checkpointing keeps results of the forward by the number of their operation. So it must not see these.
+    """
+    if not torch.compiler.is_compiling():
+        selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+        if any(isinstance(mode, selective) for mode in _get_current_dispatch_mode_stack()):
+            return _disable_current_modes()
+    return nullcontext()
+
+
 def snapshot(memory: Tensor) -> Tensor:
     """A copy of the memory before a write, which the backward pass reads.
 
     NOTE A compiler takes a clone for something that it can compute again in the backward pass, and would then read the
     memory after the write. It does not look into an operation of our own.
     """
-    return torch.ops.timm_ait.snapshot(memory) if torch.compiler.is_compiling() else memory.clone()
+    if torch.compiler.is_compiling():
+        return torch.ops.timm_ait.snapshot(memory)
+    with out_of_sight():
+        return memory.clone()
 
 
 @torch.library.custom_op('timm_ait::snapshot', mutates_args=())
@@ -95,13 +113,14 @@ class Replay:
         alike = [forward for forward in reversed(self._forwards) if forward.shape == x.shape]
         if not alike:
             raise RuntimeError(
-                'a backward pass runs this layer in training mode, but no such forward came before it; for gradient '
-                'checkpointing of a compiled model call model.set_grad_checkpointing() instead'
+                'a backward pass runs this layer in training mode, but no such forward came before it; call train() or '
+                'eval() before the forward, and for a compiled model model.set_grad_checkpointing()'
             )
-        samples, sample = torch.stack([forward.sample for forward in alike]), _sample(x)
-        distances = (samples - sample).abs().mean(dim=-1).nan_to_num(math.inf, math.inf).tolist()  # (F, n) -> (F,)
-        nearest = min(distances)
-        if nearest > FAR * sample.abs().mean():
+        with out_of_sight():
+            samples, sample = torch.stack([forward.sample for forward in alike]), _sample(x)
+            distances = (samples - sample).abs().mean(dim=-1).nan_to_num(math.inf, math.inf).tolist()  # (F, n) -> (F,)
+            nearest, size = min(distances), sample.abs().mean().item()
+        if nearest > FAR * size:
             warnings.warn(FORGOTTEN, stacklevel=2)
         repeats = [forward for forward, distance in zip(alike, distances, strict=True) if distance == nearest]
         repeated = min(repeats, key=lambda forward: forward.repeats)  # backward passes go from the newest to the oldest

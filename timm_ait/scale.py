@@ -132,7 +132,8 @@ class Loss:
         return replace(self, terms=(changed,))
 
     def _scaled_by_tensor(self, by: Tensor, is_division: bool) -> 'Loss':
-        by, term = by.reshape(()).abs(), _merge(self.terms)
+        by = by.reshape(()).float() if by.dtype == torch.bool else by.reshape(()).abs()
+        term = _merge(self.terms)
         if is_division and term.summed and not term.is_sum_of_losses:
             elements, items = term.summed
             is_multiple = (by % max(items, 1) == 0) & (by != elements) & (items > 0 and not by.is_floating_point())
@@ -221,8 +222,8 @@ def _merge(terms: tuple[Term, ...]) -> Term:
         forwards=frozenset().union(*(term.forwards for term in terms)),
         scale=max(term.scale for term in terms),
         weight=weights[0] if len(set(weights)) == 1 else 1.0 if is_one_forward else max(weights),
-        factor=next((term.factor for term in terms if term.factor is not None), None),
-        summed=first.summed if len({term.summed for term in terms}) == 1 else None,
+        factor=_shared_factor([term.factor for term in terms], is_one_forward),
+        summed=_shared_sum(terms, is_one_forward),
         is_sum_of_losses=first.is_sum_of_losses,
     )
     if is_one_forward and math.isclose(sum(weights), 1):
@@ -232,3 +233,25 @@ def _merge(terms: tuple[Term, ...]) -> Term:
     if is_alike and is_even and not merged.summed:
         return replace(merged, summed=(n, n), is_sum_of_losses=True)
     return merged
+
+
+def _shared_factor(factors: list[Tensor | None], is_one_forward: bool) -> Tensor | None:
+    """The tensor that multiplies all terms; 1 where they are weights: where they differ, or where they add up to 1."""
+    known = [factor for factor in factors if factor is not None]
+    if len(known) < len(factors):
+        return None
+    values = torch.stack([factor.to(known[0].device) for factor in known])
+    is_weight = (values != values[0]).any()
+    if is_one_forward:
+        is_weight = is_weight | ((values.sum() - 1).abs() < 1e-4)
+    return torch.where(is_weight, 1.0, values[0])
+
+
+def _shared_sum(terms: tuple[Term, ...], is_one_forward: bool) -> tuple[int, int] | None:
+    """Elements and items of a sum of which at least one term was not averaged yet."""
+    sums = [term.summed for term in terms if term.summed]
+    if len(sums) == len(terms) and len(set(sums)) == 1:
+        return sums[0]
+    if not sums or not is_one_forward or any(term.is_sum_of_losses for term in terms):
+        return None
+    return max(elements for elements, _ in sums), max(items for _, items in sums)

@@ -111,10 +111,10 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
         num_tokens: T, tokens that compete.
 
     Returns:
-        (), the mean over images with ``write_scope='image'``; zero where there is one token only.
+        (), the mean over images with ``write_scope='image'``; zero where no tokens compete.
     """
     gates, tokens, _ = selection
-    if num_tokens == 1:
+    if num_tokens <= 1 or gates.numel() == 0:
         return gates.new_zeros(())
 
     shares = torch.stack((gates, gates.detach().sign())).flatten(-2)  # (2, ..., S, M, k) -> (2, ..., S, M*k)
@@ -213,7 +213,7 @@ def _costs(x: Tensor) -> Costs:
 def _is_sparse(selected: Tensor, num_tokens: int, cost: int) -> bool:
     """Whether to touch the selected tokens alone, rather than all in a dense product."""
     is_eager_cpu = selected.device.type == 'cpu' and not torch.compiler.is_compiling()
-    return is_eager_cpu and cost * selected.shape[1] <= num_tokens
+    return is_eager_cpu and 0 < cost * selected.shape[1] <= num_tokens
 
 
 def _dense(weights: Tensor, selected: Tensor, num_tokens: int) -> Tensor:

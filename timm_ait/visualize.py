@@ -72,7 +72,10 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
     """
     path = Path(name)
     if timm.is_model(name) or name.startswith(('hf-hub:', 'local-dir:')):
-        _check(name, timm.create_model(name))
+        try:
+            _check(name, timm.create_model(name))
+        except RuntimeError as error:  # no such tag
+            raise ValueError(f'timm cannot make {name}: {error}') from error
         if checkpoint is not None:
             return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
         return timm.create_model(name, pretrained=True)

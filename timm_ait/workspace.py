@@ -23,8 +23,8 @@ from .balance import attach, hand_out, is_backward_running
 from .distributed import is_distributed, merge_ranks, sum_over_ranks
 from .fused import FusedWorkspace
 from .hopfield import HopfieldRetrieval
-from .layers import OutputNorm, call_wide, is_plain, orthogonalise, unit_rows, without_autocast
-from .replay import Replay, snapshot
+from .layers import OutputNorm, call_wide, is_plain, orthogonalise, rms_norm, unit_rows, without_autocast
+from .replay import Replay, out_of_sight, snapshot
 from .selection import Selection, gather, gather_per_image, load_balance_loss, top_logits, top_logits_per_image
 
 __all__ = ['GlobalWorkspace', 'MemoryWrite', 'squash']
@@ -65,6 +65,9 @@ class GlobalWorkspace(nn.Module):
 
     In training mode the layer adds the gradient of its balance loss to any backward pass through it, see `balance.py`.
     ``auto_balance = False`` turns that off.
+
+    In distributed training all ranks write one memory. Where others than all share the layer, set ``process_group`` to
+    theirs, as for a SyncBatchNorm.
 
     For another write or another retrieval override :meth:`address`, :meth:`select`, :meth:`write`, :meth:`update` or
     :meth:`read`, and give a model the new class as its ``workspace_layer``.
@@ -140,6 +143,7 @@ class GlobalWorkspace(nn.Module):
             raise ValueError(f"write_rule='additive' needs write_scope='image', got {write_scope!r}; give both")
         self.in_features = in_features
         self.auto_balance = True
+        self.process_group: Any = None
         dd = {'device': device, 'dtype': dtype}
         hidden_features = hidden_features or in_features
 
@@ -277,7 +281,7 @@ class GlobalWorkspace(nn.Module):
         """
         if self.write_rule != 'additive':
             return memory
-        return 3 * F.rms_norm(memory, [self.slot_dim], eps=1e-24)
+        return 3 * rms_norm(memory)
 
     def attend(self, selection: Selection, h: Tensor, values: Tensor | None = None) -> Tensor:
         """What each head reads for each slot, ``sum_j g_j W_V h_j = W_V sum_j g_j h_j``.
@@ -393,18 +397,21 @@ class GlobalWorkspace(nn.Module):
         """
         if getattr(self, '_is_replica', False):
             raise ValueError('DataParallel loses what its replicas write into the memory; use DistributedDataParallel')
-        with torch.no_grad():
+        with torch.no_grad(), out_of_sight():
             memory = write.memory
-            if self.write_rule == 'additive':
+            if self.write_rule == 'additive' or (x.numel() == 0 and not is_distributed(self.process_group)):
                 memory = write.before
             elif self.has_copies():
                 memory = memory.sum(dim=0)  # its direction counts, its length does not
-                memory = F.normalize(sum_over_ranks(memory) if is_distributed() else memory, dim=-1)
+                if is_distributed(self.process_group):
+                    memory = sum_over_ranks(memory, self.process_group)
+                    memory = torch.where(memory.any(), memory, write.before)  # zeros, where no rank has an image
+                memory = F.normalize(memory, dim=-1)
                 memory = orthogonalise(memory) if self.write_rule == 'distinct' else memory
-            elif is_distributed():
-                memory = self.update(write.before, merge_ranks(write.heads, write.lse))
+            elif is_distributed(self.process_group):
+                memory = self.update(write.before, merge_ranks(write.heads, write.lse, self.process_group))
             self.memory.copy_(memory)
-        self.replay.note(write.before, write.balance_loss, x, is_automatic=self.adds_balance_loss())
+            self.replay.note(write.before, write.balance_loss, x, is_automatic=self.adds_balance_loss())
 
     def is_writing(self) -> bool:
         """Whether a forward would write, in the present mode."""
