@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_ait import AssociativeTransformer
+from timm_ait import AssociativeTransformer, distributed
 from timm_ait.distributed import merge_heads
 from timm_ait.layers import orthogonalise
 
@@ -176,10 +177,11 @@ def check_nan_on_all_ranks_keeps_the_memory(rank: int, world: int) -> None:
 @on_every_rank
 def check_a_step_takes_one_collective_a_layer_and_evaluation_none(rank: int, world: int) -> None:
     calls = []
-    gather = dist.all_gather_into_tensor
-    with pytest.MonkeyPatch.context() as patch:
+    gather = distributed.gather_single
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter('error')
         patch.setattr(
-            dist, 'all_gather_into_tensor', lambda out, x, group: (calls.append(x.numel()), gather(out, x, group))[1]
+            distributed, 'gather_single', lambda out, x, group: (calls.append(x.numel()), gather(out, x, group))[1]
         )
         model = make_model(depth=3)
         model(batch(rank)[0])

@@ -8,6 +8,9 @@ from torch import Tensor
 
 __all__ = ['is_distributed', 'merge_heads', 'merge_ranks', 'sum_over_ranks']
 
+# The name from torch 2.14 on, and the one before.
+gather_single: Any = getattr(dist, 'all_gather_single', None) or getattr(dist, 'all_gather_into_tensor', None)
+
 
 def is_distributed(group: Any = None) -> bool:
     """Whether there are other ranks in the group."""
@@ -32,7 +35,7 @@ def merge_ranks(heads: Tensor, lse: Tensor, group: Any = None) -> Tensor:
     lse = lse.where(heads.sum().isfinite(), -torch.inf)  # no weight, where a token of this rank is not finite
     local = torch.cat([heads, lse.unsqueeze(-1)], dim=-1)  # (S, M, D + 1)
     ranks = local.new_empty(dist.get_world_size(group) * len(local), *local.shape[1:])
-    dist.all_gather_into_tensor(ranks, local, group=group)
+    gather_single(ranks, local, group=group)
     ranks = ranks.unflatten(0, (-1, len(local)))  # (R*S, M, D + 1) -> (R, S, M, D + 1)
     return merge_heads(ranks[..., :-1], ranks[..., -1])
 

@@ -5,9 +5,11 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
 
 - a tensor of one element that was computed from larger outputs is a loss of scale 1;
 - ``loss / n`` and ``loss * tensor`` scale; ``loss * number`` scales too, unless the product becomes a term of a sum;
-- a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b`` and ``0.3 * a + 0.7 * b`` have 1;
+- a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b`` and ``0.3 * a + 0.7 * b`` have 1,
+  with numbers and with tensors;
 - the first division of a sum over elements takes their mean: ``x.sum() / n`` has 1 for any n, and so has
-  ``cross_entropy(..., reduction='sum') / B`` for B samples, but 1/4 where the number is four times as large;
+  ``cross_entropy(..., reduction='sum') / B`` for B samples, but 1/4 where the number is four times as large; other
+  terms may stand beside the sum;
 - n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
 - a loss that meets larger outputs again, as in ``x - x.mean()``, was a statistic of them, and no loss;
 - the sign does not matter, nor what is added that is no loss.
