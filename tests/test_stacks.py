@@ -162,7 +162,10 @@ NEEDS_NEW_DYNAMO = pytest.mark.skipif(
 
 
 # PyTorch's compiler asks every tensor that enters a graph for its grad, and hides the warning, but not as an error.
-@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning')
+ASKS_FOR_GRAD = pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning')
+
+
+@ASKS_FOR_GRAD
 # aot_eager, a backend to debug with, takes no subclass of a tensor as an input of a graph, not even an empty one.
 @pytest.mark.parametrize(
     ('what', 'backend'),
@@ -174,6 +177,21 @@ NEEDS_NEW_DYNAMO = pytest.mark.skipif(
 )
 def test_compiled_as_one_graph_the_gradients_follow_the_scale_of_the_loop(what: str, backend: str) -> None:
     assert_like_the_sum(compiled(what, backend), scale=1 / 4, bound=1e-4)
+
+
+@NEEDS_NEW_DYNAMO
+@ASKS_FOR_GRAD
+def test_compiled_autograd_takes_a_step_with_its_backward_pass() -> None:
+    eager, compiled = make_model(), make_model()
+    F.cross_entropy(eager(IMAGES), TARGET).backward()
+
+    def step(x: Tensor, y: Tensor) -> None:
+        F.cross_entropy(compiled(x), y).backward()
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(step, backend='aot_eager')(IMAGES, TARGET)
+    assert distance(gradients(compiled), gradients(eager)) < 1e-4
 
 
 # Gradient checkpointing from outside

@@ -64,6 +64,7 @@ def is_backward_running() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@torch.compiler.disable  # compiled autograd traces hooks
 def _begin(scale: float | Tensor, loss: Loss | None) -> None:
     """Note the scale of the running backward pass, until it ends."""
     task = torch._C._current_graph_task_id()

@@ -397,18 +397,19 @@ class GlobalWorkspace(nn.Module):
         """
         if getattr(self, '_is_replica', False):
             raise ValueError('DataParallel loses what its replicas write into the memory; use DistributedDataParallel')
+        has_other_ranks = is_distributed(self.process_group)
         with torch.no_grad(), out_of_sight():
             memory = write.memory
-            if self.write_rule == 'additive' or (x.numel() == 0 and not is_distributed(self.process_group)):
+            if self.write_rule == 'additive' or (x.numel() == 0 and not has_other_ranks):
                 memory = write.before
             elif self.has_copies():
                 memory = memory.sum(dim=0)  # its direction counts, its length does not
-                if is_distributed(self.process_group):
+                if has_other_ranks:
                     memory = sum_over_ranks(memory, self.process_group)
                     memory = torch.where(memory.any(), memory, write.before)  # zeros, where no rank has an image
                 memory = F.normalize(memory, dim=-1)
                 memory = orthogonalise(memory) if self.write_rule == 'distinct' else memory
-            elif is_distributed(self.process_group):
+            elif has_other_ranks:
                 memory = self.update(write.before, merge_ranks(write.heads, write.lse, self.process_group))
             self.memory.copy_(memory)
             self.replay.note(write.before, write.balance_loss, x, is_automatic=self.adds_balance_loss())
