@@ -213,7 +213,7 @@ def _costs(x: Tensor) -> Costs:
 def _is_sparse(selected: Tensor, num_tokens: int, cost: int) -> bool:
     """Whether to touch the selected tokens alone, rather than all in a dense product."""
     is_eager_cpu = selected.device.type == 'cpu' and not torch.compiler.is_compiling()
-    return is_eager_cpu and 0 < cost * selected.shape[1] <= num_tokens
+    return is_eager_cpu and selected.shape[1] > 0 and cost * selected.shape[1] <= num_tokens
 
 
 def _dense(weights: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
