@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from baselines import LIKE_VIT_B, Baseline, Head, Stem
 from memory import ADDITIVE, IMAGE, NoMemory
 from mixers import CrossAttention, ViT
@@ -19,6 +18,7 @@ from runs import count_parameters
 from torch import Tensor, nn
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, NormalizedPatchEmbed, RelationalTransformer
+from timm_ait.layers import rms_norm
 
 HEADS = ('flatten', 'avg')
 ALL_TOKENS = 2**31  # a bottleneck that no batch reaches
@@ -56,7 +56,7 @@ class UnitLogits(GlobalWorkspace):
 
     def address(self, memory: Tensor) -> Tensor:
         """What W_Q reads for the slots (M, D)."""
-        return 3 * F.rms_norm(memory, [self.slot_dim])
+        return 3 * rms_norm(memory)
 
 
 class FaintLogits(GlobalWorkspace):
