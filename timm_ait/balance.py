@@ -141,18 +141,17 @@ class _State:
         running = _innermost()
         if running is None and self.is_half:
             _pending.add(UNKNOWN_SCALE)
-        parts = running.loss.parts if running is not None and running.loss is not None else frozenset()
+        loss = None if running is None else running.loss
+        parts = frozenset() if loss is None else loss.parts
         if self.counted is not None and not self.counted & parts:
             if running is None:
                 _pending.add(COUNTED_ONCE)
             return 0.0
         if self.counted is None:
             self.counted = parts
-        if running is None:
-            return 1.0
-        if running.loss is not None:
-            running.loss.count()
-        return running.scale
+        if loss is not None:
+            loss.count()
+        return 1.0 if running is None else running.scale
 
 
 def _is_half(x: Tensor) -> bool:
