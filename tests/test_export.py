@@ -199,9 +199,10 @@ def test_a_model_that_writes_is_refused_with_the_remedy(
     assert all(map(torch.equal, memories(model), before))
 
 
-def test_a_model_that_writes_in_evaluation_is_not_scripted() -> None:
+@pytest.mark.parametrize('scope', ['batch', 'image'])
+def test_a_model_that_writes_in_evaluation_is_not_scripted(scope: str) -> None:
     with pytest.raises(ValueError, match="got write_mode='always'; take 'train'"):
-        torch.jit.script(make_model(write_mode='always').eval())
+        torch.jit.script(make_model(write_mode='always', write_scope=scope).eval())
 
 
 def test_a_training_model_that_never_writes_can_be_exported() -> None:

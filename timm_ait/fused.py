@@ -12,18 +12,13 @@ class FusedWorkspace(nn.Module):
     """A :class:`~timm_ait.GlobalWorkspace` that only reads: it holds the attractors, and nothing of the write.
 
     Args:
-        workspace: It shares its layers.
-
-    Raises:
-        ValueError: If ``workspace`` writes in evaluation too.
+        workspace: It shares its layers. All its images read one memory, which evaluation does not change.
     """
 
     attractors: Tensor
 
     def __init__(self, workspace: Any) -> None:
         super().__init__()
-        if workspace.write_mode == 'always':
-            raise ValueError("only a workspace that reads alone can be fused, got write_mode='always'; take 'train'")
         self.fc1, self.act, self.fc2 = workspace.fc1, workspace.act, workspace.fc2
         self.hidden_norm, self.norm = workspace.hidden_norm, workspace.norm
         self.retrieval, self.scale = workspace.retrieval, workspace.scale

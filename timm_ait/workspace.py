@@ -66,8 +66,8 @@ class GlobalWorkspace(nn.Module):
     In training mode the layer adds the gradient of its balance loss to any backward pass through it, see `balance.py`.
     ``auto_balance = False`` turns that off.
 
-    In distributed training all ranks write one memory. Where others than all share the layer, set ``process_group`` to
-    theirs, as for a SyncBatchNorm.
+    In distributed training all ranks write one memory. Where only some ranks share the layer, set ``process_group`` to
+    their group, as for a SyncBatchNorm.
 
     For another write or another retrieval override :meth:`address`, :meth:`select`, :meth:`write`, :meth:`update` or
     :meth:`read`, and give a model the new class as its ``workspace_layer``.
@@ -228,7 +228,7 @@ class GlobalWorkspace(nn.Module):
                 f"{tuple(h.shape)}; give them so, or take write_scope='batch'"
             )
         keys, values = self._project(h)
-        with without_autocast(h):  # softmax and EWMA stay in float32, and the logits where `top_logits` can
+        with without_autocast(h):  # selection, softmax and average stay in float32; the logits, where `top_logits` can
             selection = self.select(memory, h, keys)
             if self.balance_weight > 0 and self.is_writing():
                 loss = self.balance_weight * load_balance_loss(selection, num_tokens=h.shape[-2])
@@ -277,7 +277,7 @@ class GlobalWorkspace(nn.Module):
 
         Rows of length 1 give logits with a standard deviation of 0.06 at the start: all slots of an image read its mean
         token, and training does not part them. The rule 'additive' makes it 1: the norm brings a row's elements to unit
-        variance, and 3 makes up for the variance of 1/3 that W_Q and W_K leave of it as PyTorch initialises them.
+        variance. W_Q and W_K, as PyTorch initialises them, each divide the variance by 3, and the 3 makes up for both.
         """
         if self.write_rule != 'additive':
             return memory
@@ -329,7 +329,7 @@ class GlobalWorkspace(nn.Module):
         if self.write_rule != 'additive':
             new = self._average(memory, call_wide(self.write_norm, new))
         total = new.detach().sum(dim=(-2, -1), keepdim=True)
-        return torch.where(total - total == 0, new, memory)  # NaN and infinity less themselves are NaN
+        return torch.where(total - total == 0, new, memory)  # as isfinite(), which takes four operations and not two
 
     def _centre(self, heads: Tensor) -> Tensor:
         """Remove from ``heads`` (..., S, M, D) what all slots read alike, where the rule says so."""
@@ -387,6 +387,8 @@ class GlobalWorkspace(nn.Module):
         Raises:
             ValueError: If the layer changes its memory in evaluation too.
         """
+        if self.write_mode == 'always':
+            raise ValueError("only a workspace that reads alone can be fused, got write_mode='always'; take 'train'")
         return self if self.has_copies() else FusedWorkspace(self)
 
     def store(self, write: MemoryWrite, x: Tensor) -> None:
