@@ -189,7 +189,7 @@ def test_registers_are_tokens_that_all_others_attend_to_and_the_head_does_not_re
     assert ablations.create(ablations.REGISTERS, **TINY).mixer.registers.shape == (32, E)
 
 
-def test_parameters_beside_each_other_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_parameters_beside_each_other_by_hand() -> None:
     counts = {name: ablations.count_parameters(tiny(name)) for name in ablations.NAMES}
     S, M, D, depth = 2, 7, 13, 2
     write = D * S * D + 2 * E * S * D + S * D * D + 2 * D

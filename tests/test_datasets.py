@@ -357,7 +357,7 @@ def test_folders_hold_the_images_under_their_classes_for_torchvision_and_timm(
         assert sorted((label, image.tobytes()) for image, label in read) == drawn
 
 
-def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path: Path) -> None:
     class Interrupted(Triangle):
         def draw(self, index: int) -> tuple[Image.Image, int]:
             if index == 3:

@@ -102,7 +102,7 @@ def test_a_checkpoint_may_hold_no_arguments(tmp_path: Path) -> None:
     assert hub.read_checkpoint(tmp_path / 'model.pth').args == {}
 
 
-def test_a_config_of_another_library_beside_the_weights_says_nothing(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_config_of_another_library_beside_the_weights_says_nothing(tmp_path: Path) -> None:
     save_file({'weight': torch.zeros(1)}, tmp_path / 'model.safetensors')
     (tmp_path / 'config.json').write_text('{"model_type": "vit"}')
     assert hub.read_checkpoint(tmp_path / 'model.safetensors').args == {}

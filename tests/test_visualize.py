@@ -318,7 +318,7 @@ def test_a_wrong_argument_is_said_in_one_sentence(
     assert not (tmp_path / 'output').exists()
 
 
-def test_a_run_without_summary_or_with_one_checkpoint_is_met(tmp_path: Path, photos: Path) -> None:
+def test_a_run_without_summary_or_with_one_checkpoint_is_met(tmp_path: Path) -> None:
     folder = save_run(tmp_path / 'run', epochs=1)
     assert visualize._drift([folder]) is None
     (folder / 'summary.csv').unlink()

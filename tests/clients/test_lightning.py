@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import Recorder, Trained, assert_trains_like_by_hand, make_batches, make_model, memories
+from by_hand import Recorder, Trained, assert_trains_like_by_hand, make_batches, make_model, memories, train_by_hand
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -83,6 +83,8 @@ def test_clipping_sees_the_balance_loss() -> None:
     model = make_model()
     clipped = train(model, batches, gradient_clip_val=0.01)
     assert all(float(gradient.norm()) == pytest.approx(0.01, rel=1e-3) for gradient in clipped.gradients)
+    wanted = train_by_hand(make_model(), batches[:1], adds_balance_loss=True).gradients[0]
+    assert F.cosine_similarity(clipped.gradients[0], wanted, dim=0) > 1 - 1e-5  # 0.9984 without the balance loss
 
 
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path) -> None:
