@@ -70,8 +70,10 @@ def test_the_attention_in_the_picture_is_that_of_the_retrieval() -> None:
     torch.manual_seed(0)
     model = timm.create_model('test_ait', depth=2, embed_dim=32, num_heads=2, num_slots=7, beta=0.3).eval()
     batches = [(torch.randn(b, 3, 32, 32), torch.zeros(b, dtype=torch.long)) for b in (3, 5)]
-    images, labels, predictions, usage = demo.look_inside(model, batches, 'cpu')
+    images, labels, predictions, usage, reports = demo.look_inside(model, batches, 'cpu')
     assert (images.shape, labels.shape, predictions.shape, usage.shape) == ((8, 3, 32, 32), (8,), (8,), (2, 7))
+    in_use = torch.special.entr(usage).sum(dim=-1).exp().tolist()
+    assert [report.slots_in_use for report in reports] == pytest.approx(in_use)
     torch.testing.assert_close(usage.sum(dim=-1), torch.ones(2))
     # The mean retrieval over tokens is the mean attention times the attractors.
     mlp, retrieved = model.blocks[1].mlp, []

@@ -571,9 +571,9 @@ def test_init_weights_starts_anew() -> None:
         (dict(beta=-1), 'beta must be a finite number above 0, got -1'),
         (dict(beta=math.nan), 'beta must be a finite number above 0, got nan'),
         (dict(beta='1'), "beta must be a finite number above 0, got '1'"),
-        (dict(memory_decay=1.5), r'memory_decay must lie in \[0, 1\], got 1.5; the paper uses 0.9'),
-        (dict(memory_decay=-0.1), r'memory_decay must lie in \[0, 1\], got -0.1'),
-        (dict(memory_decay=math.nan), r'memory_decay must lie in \[0, 1\], got nan'),
+        (dict(memory_decay=1.5), r'memory_decay must be a number in \[0, 1\], got 1.5; the paper uses 0.9'),
+        (dict(memory_decay=-0.1), r'memory_decay must be a number in \[0, 1\], got -0.1'),
+        (dict(memory_decay=math.nan), r'memory_decay must be a number in \[0, 1\], got nan'),
         (dict(balance_weight=-1.0), 'balance_weight must be a finite number of at least 0, got -1.0; 0 turns it off'),
         (dict(balance_weight=math.inf), 'balance_weight must be a finite number of at least 0, got inf'),
         (

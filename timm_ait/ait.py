@@ -157,6 +157,10 @@ def _paper(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(model_args, **kwargs)
 
 
+# The sizes of the models for tests.
+_TEST = dict(embed_dim=128, num_heads=4, mlp_ratio=2.0, num_slots=16, slot_dim=16, write_heads=4)
+
+
 def _conv_stem(in_chans: int = 3, **dd: Any) -> nn.Sequential:
     """Convolutions of 3x3 with norm and GELU: (B, C, H, W) -> (B, 256, H/4, W/4). The rest is device and dtype."""
     sizes = ((in_chans, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2))  # channels in and out, stride
@@ -246,12 +250,4 @@ def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTra
 @register_model
 def test_ait(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """The paper's CIFAR model in small, for tests: depth 4, width 128, 0.7 M parameters."""
-    model_args = dict(
-        embed_dim=128,
-        num_heads=4,
-        mlp_ratio=2.0,
-        num_slots=16,
-        slot_dim=16,
-        write_heads=4,
-    )
-    return _create_ait('test_ait', pretrained, **_paper(4, dict(model_args, **kwargs)))
+    return _create_ait('test_ait', pretrained, **_paper(4, dict(_TEST, **kwargs)))

@@ -7,11 +7,6 @@ from typing import Any
 
 __all__ = ['WORKSPACE_ARGS', 'check_limits']
 
-# A model takes them for all its blocks.
-WORKSPACE_ARGS = (
-    *('num_slots', 'slot_dim', 'write_heads', 'bottleneck', 'beta', 'memory_decay', 'balance_weight'),
-    *('retrieval_steps', 'write_mode', 'write_grad', 'write_rule', 'write_scope', 'retrieval_scale'),
-)
 WRITE_MODES = ('train', 'always', 'never')
 WRITE_RULES = ('published', 'distinct', 'additive')
 WRITE_SCOPES = ('batch', 'image')
@@ -21,25 +16,22 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def _is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _COUNT = (_is_count, 'an integer of at least 1, got {!r}; leave it out for the default')
 # What each argument must be, and how an error says it.
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(('num_slots', 'slot_dim', 'write_heads', 'bottleneck', 'retrieval_steps'), _COUNT),
-    'beta': (
-        lambda x: _is_number(x, 0, math.inf) and 0 < x < math.inf,
-        'a finite number above 0, got {!r}; the paper uses 1.0',
-    ),
-    'memory_decay': (lambda x: _is_number(x, 0, 1), 'in [0, 1], got {!r}; the paper uses 0.9'),
+    'beta': (lambda x: _is_number(x) and x > 0, 'a finite number above 0, got {!r}; the paper uses 1.0'),
+    'memory_decay': (lambda x: _is_number(x) and 0 <= x <= 1, 'a number in [0, 1], got {!r}; the paper uses 0.9'),
     'balance_weight': (
-        lambda x: _is_number(x, 0, math.inf) and x < math.inf,
+        lambda x: _is_number(x) and x >= 0,
         'a finite number of at least 0, got {!r}; 0 turns it off',
     ),
     'retrieval_scale': (
-        lambda x: x is None or (_is_number(x, -math.inf, math.inf) and math.isfinite(x)),
+        lambda x: x is None or _is_number(x),
         "a finite number, got {!r}; None gives the paper's sum",
     ),
     'write_grad': (lambda x: isinstance(x, bool), 'True or False, got {!r}'),
@@ -47,6 +39,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'write_rule': (lambda x: x in WRITE_RULES, f'one of {WRITE_RULES}, got {{!r}}'),
     'write_scope': (lambda x: x in WRITE_SCOPES, f'one of {WRITE_SCOPES}, got {{!r}}'),
 }
+WORKSPACE_ARGS = tuple(LIMITS)  # a model takes them for all its blocks
 
 
 def check_limits(arguments: dict[str, Any]) -> None:
@@ -58,4 +51,4 @@ def check_limits(arguments: dict[str, Any]) -> None:
     for name, (is_allowed, expected) in LIMITS.items():
         value = arguments[name]
         if not is_allowed(value):
-            raise ValueError(f'{name} must {"lie " if expected.startswith("in ") else "be "}{expected.format(value)}')
+            raise ValueError(f'{name} must be {expected.format(value)}')

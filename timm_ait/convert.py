@@ -7,6 +7,7 @@ import math
 import re
 
 from timm.layers import resample_abs_pos_embed
+from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -114,8 +115,7 @@ def fit_pretrained(
 
 def _rename(state_dict: StateDict, model: VisionTransformer) -> StateDict:
     """Unpack a checkpoint and rename its keys to those of this package."""
-    state_dict = state_dict.get('state_dict', state_dict.get('model', state_dict))  # type: ignore[assignment]
-    state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    state_dict = clean_state_dict(state_dict.get('state_dict', state_dict.get('model', state_dict)))
     if is_authors(state_dict):
         return convert_authors(state_dict, model.patch_embed.patch_size)
     if not any(key.endswith('mlp.memory') for key in state_dict):

@@ -17,21 +17,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm  # comes with huggingface-hub
 
-from .sort_of_clevr import KINDS, answer_questions, draw_centres, draw_questions, paint_scene
+from .sort_of_clevr import KINDS, Bytes, Ints, answer_questions, draw_centres, draw_questions, paint_scene
 
 __all__ = ['AssociativeRecall', 'DrawnImages', 'SortOfClevr', 'Triangle', 'write_folders']
 
 SPLITS = ('train', 'validation', 'test')
-
-Ints = npt.NDArray[np.int64]
-Bytes = npt.NDArray[np.uint8]
 
 
 class DrawnImages(Dataset[tuple[Tensor, int]]):
@@ -114,11 +111,11 @@ class AssociativeRecall(DrawnImages):
     Patches are read in rows. The first one shows the queried key. At random places among the others stand ``num_pairs``
     pairs: a patch with a key, and in the next patch (the first of the next row, at the end of one) its value. No key
     occurs twice. The class is the value of the queried key. What is left over shows values without a key, or nothing.
-    All values are equally frequent and independent, so that who does not relate query, key and value to each other is
-    right in a share of ``1 / num_values``, and more only where few values are to be seen.
+    All values are equally frequent and independent. So a model that does not relate query, key and value is right for
+    one image in ``num_values``; it guesses better only where an image shows few values.
 
     With ``joined`` a patch shows a key and its value at once, so that a token of a model knows the pair from the start,
-    and only the query must find it. Who counts the values that stand beside a key then knows more than the share above.
+    and only the query must find it. A model that counts the values beside a key then guesses better than that.
 
     A symbol is a pattern of 4x4 cells: keys are red, values green, the query is the key's pattern in blue.
 
@@ -267,8 +264,6 @@ def write_folders(folder: Path, splits: Mapping[str, DrawnImages]) -> None:
     Raises:
         ValueError: Where the folder exists, or a split has a class without image, which would shift the others.
     """
-    from tqdm import tqdm  # comes with huggingface-hub
-
     _check(not folder.exists(), 'a folder that does not exist yet', str(folder))
     for split, dataset in splits.items():
         least = dataset.num_classes

@@ -22,8 +22,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed
 from torch import Tensor, nn
+from tqdm import tqdm  # comes with huggingface-hub
 
-from timm_ait import format_report, memory_report
+from timm_ait import BlockReport, format_report
 from timm_ait.report import watch
 
 MODEL = 'ait_tiny_conv4_32'
@@ -94,8 +95,6 @@ def train_epoch(
     task: ClassificationTask, loader: Any, optimizer: torch.optim.Optimizer, scheduler: Any, epoch: int, epochs: int
 ) -> None:
     """Train one epoch with a progress bar. The learning rate changes with every batch."""
-    from tqdm import tqdm
-
     task.train()
     losses = AverageMeter()
     bar = tqdm(loader, desc=f'epoch {epoch + 1:2d}/{epochs}', leave=False, disable=None)  # None: only on a terminal
@@ -145,27 +144,30 @@ def fit(model: nn.Module, folder: Path, args: argparse.Namespace) -> float:
 
 
 @torch.inference_mode()
-def look_inside(model: Any, loader: Any, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def look_inside(model: Any, loader: Any, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[BlockReport]]:
     """Run the model over all images and record the retrieval attention of each block.
 
     Returns:
-        Images (B, 3, H, W), labels (B,), predictions (B,), and for each of the L blocks the mean attention that each
-        of its M slots gets (L, M).
+        Images (B, 3, H, W), labels (B,), predictions (B,), for each of the L blocks the mean attention that each of its
+        M slots gets (L, M), and a report on each block.
     """
     with watch(model) as sums:
         batches = [(images, labels, model(images.to(device)).argmax(dim=-1).cpu()) for images, labels in loader]
     images, labels, predictions = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return images, labels, predictions, torch.stack([(seen.shares / seen.tokens).cpu() for seen in sums.values()])
+    usage = torch.stack([(seen.shares / seen.tokens).cpu() for seen in sums.values()])
+    return images, labels, predictions, usage, [seen.report() for seen in sums.values()]
 
 
-def draw(path: Path, images: Tensor, labels: Tensor, predictions: Tensor, usage: Tensor) -> None:
+def draw(
+    path: Path, images: Tensor, labels: Tensor, predictions: Tensor, usage: Tensor, reports: list[BlockReport]
+) -> None:
     """Draw the digits (B, 3, H, W), errors first, and below them the use of the slots of each block (L, M)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.5), layout='constrained', facecolor='white')
     top, bottom = figure.subfigures(2, 1)  # type: ignore[misc]  # an array of them
     _draw_digits(top, images, labels, predictions)
-    _draw_slots(bottom, usage)
+    _draw_slots(bottom, usage, reports)
     figure.savefig(path, dpi=130)
 
 
@@ -186,15 +188,14 @@ def _draw_digits(figure: Any, images: Tensor, labels: Tensor, predictions: Tenso
             spine.set(color=colour, linewidth=2)
 
 
-def _draw_slots(figure: Any, usage: Tensor) -> None:
+def _draw_slots(figure: Any, usage: Tensor, reports: list[BlockReport]) -> None:
     M = usage.shape[1]
     figure.suptitle('Mean retrieval attention on each memory slot (dashed: all slots alike)')
     axes = figure.subplots(1, len(usage), sharey=True, squeeze=False)[0]
-    for i, (axis, shares) in enumerate(zip(axes, usage, strict=True)):
-        effective = torch.special.entr(shares).sum().exp()  # perplexity: M if all slots get the same attention
+    for i, (axis, shares, report) in enumerate(zip(axes, usage, reports, strict=True)):
         axis.bar(range(M), (100 * shares).numpy(), color='tab:blue')
         axis.axhline(100 / M, color='black', linestyle='--', linewidth=1)
-        axis.set_title(f'block {i}: {effective:.1f} of {M} slots in use (perplexity)', fontsize=10)
+        axis.set_title(f'block {i}: {report.slots_in_use:.1f} of {M} slots in use (perplexity)', fontsize=10)
         axis.set(xlabel='slot', xticks=range(0, M, 5))
         axis.spines[['top', 'right']].set_visible(False)
     axes[0].set_ylabel('mean attention, %')
@@ -230,7 +231,7 @@ def find_fault(trained: float, reloaded: float, minimum: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; return the exit code."""
     args = parse_args(argv)
-    if missing := [name for name in ('matplotlib', 'sklearn', 'tqdm') if find_spec(name) is None]:
+    if missing := [name for name in ('matplotlib', 'sklearn') if find_spec(name) is None]:
         print(f"error: the demo needs {', '.join(missing)}: pip install 'timm_ait[demo]'", file=sys.stderr)
         return 2
     start = time.monotonic()
@@ -250,8 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f'best epoch {trained} %; {checkpoint}, reloaded: {reloaded} %')
 
     picture = args.output / 'demo.png'
-    draw(picture, *look_inside(model, loader, args.device))
-    print(f'what the memory holds:\n{format_report(memory_report(model, loader))}')
+    seen = look_inside(model, loader, args.device)
+    draw(picture, *seen)
+    print(f'what the memory holds:\n{format_report(seen[-1])}')
     print(f'{picture}: predictions and use of the memory; {time.monotonic() - start:.0f} s in total')
     if fault := find_fault(trained, reloaded, args.min_accuracy):
         print(f'error: {fault}', file=sys.stderr)

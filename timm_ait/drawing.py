@@ -54,9 +54,9 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout='constrained', facecolor='white')
 
 
-def _panels(titles: Sequence[str], columns: int = 4, size: tuple[float, float] = (3.0, 2.7)) -> tuple[Any, list[Any]]:
+def _panels(titles: Sequence[str], size: tuple[float, float] = (3.0, 2.7)) -> tuple[Any, list[Any]]:
     """A figure with one small diagram for each title."""
-    columns = min(columns, len(titles))
+    columns = min(4, len(titles))
     rows = math.ceil(len(titles) / columns)
     figure = _figure(max(columns * size[0], 5), rows * size[1])
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -203,7 +203,7 @@ def draw_retrieval(images: Tensor, block: BlockInspection) -> Any:
 def draw_drift(drift: Drift) -> Any:
     """Distance of the slots from the first checkpoint and from the one before: the mean, and the range over slots."""
     L = drift.since_first.shape[1]
-    figure, axes = _panels([f'block {i}' for i in range(L)])
+    figure, axes = _panels(_of_blocks(range(L)))
     steps = range(len(drift.labels))
     for i, axis in enumerate(axes):
         for values, first, name, colour in (
@@ -226,11 +226,12 @@ def draw_training(rows: Sequence[dict[str, Any]]) -> Any:
     blocks = sorted({row['block'] for row in rows if 'block' in row})
     for axis, name in zip(axes, NUMBERS, strict=True):
         if name in ('train_loss', 'eval_top1'):
-            axis.plot(*zip(*{row['epoch']: (row['epoch'], row[name]) for row in rows}.values(), strict=True), 'o-')
+            of_epoch = {row['epoch']: row[name] for row in rows}
+            axis.plot(list(of_epoch), list(of_epoch.values()), 'o-')
         else:
             for block in blocks:
-                points = [(row['epoch'], row[name]) for row in rows if row.get('block') == block]
-                axis.plot(*zip(*points, strict=True), 'o-', markersize=4, label=f'block {block}')
+                of_epoch = {row['epoch']: row[name] for row in rows if row.get('block') == block}
+                axis.plot(list(of_epoch), list(of_epoch.values()), 'o-', markersize=4, label=f'block {block}')
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel('epoch')
     figure.legend(*axes[-1].get_legend_handles_labels(), loc='outside lower center', ncols=6)

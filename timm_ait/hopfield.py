@@ -63,13 +63,14 @@ def hopfield_energy(state: Tensor, attractors: Tensor, beta: float = 1.0) -> Ten
     ``E(xi) = -lse(beta, a xi) + xi.xi / 2 + ln(M) / beta + max_i |a_i|^2 / 2``
 
     Args:
-        state: (..., E) states ``xi``.
-        attractors: (M, E) stored patterns ``a``.
+        state: (..., E) states ``xi``, or (B, N, E) with the patterns of images.
+        attractors: (M, E) stored patterns ``a``, or (B, M, E) with patterns of its own for every image.
         beta: Inverse temperature, > 0.
 
     Returns:
         (...) energies, at least zero.
     """
-    lse = torch.logsumexp(beta * state @ attractors.t(), dim=-1) / beta
-    norm = attractors.square().sum(dim=-1).max()
-    return -lse + 0.5 * state.square().sum(dim=-1) + math.log(attractors.shape[0]) / beta + 0.5 * norm
+    lse = torch.logsumexp(beta * state @ attractors.mT, dim=-1) / beta
+    norm = attractors.square().sum(dim=-1).amax(dim=-1)
+    norm = norm.unsqueeze(-1) if attractors.ndim == 3 else norm  # (B,) -> (B, 1)
+    return -lse + 0.5 * state.square().sum(dim=-1) + math.log(attractors.shape[-2]) / beta + 0.5 * norm

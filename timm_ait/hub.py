@@ -149,7 +149,18 @@ def export(
         made = Path(scratch) / folder.name
         _save(model, made, model_args)
         weights = 'averaged (EMA)' if read.is_ema else 'as trained'
-        write_card(made, model, facts, read.args, dataset, weights, commit, _code_version(), others, by_batch)
+        write_card(
+            made,
+            model,
+            facts=facts,
+            args=read.args,
+            dataset=dataset,
+            weights=weights,
+            commit=commit,
+            version=_code_version(),
+            others=others,
+            batch_sizes=by_batch,
+        )
         _compare(model, made)
         made.rename(folder)
     return folder

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .hopfield import HopfieldRetrieval, hopfield_energy
 from .report import BlockReport, Sums, watch
-from .selection import Selection, load_balance_loss
+from .selection import dense, load_balance_loss
 from .workspace import GlobalWorkspace
 
 __all__ = ['DEAD', 'TWINS', 'BlockInspection', 'inspect']
@@ -123,7 +123,7 @@ def _look(
     loss = workspace.balance_weight * load_balance_loss(selection, tokens.shape[-2])
     return BlockInspection(
         slots=seen.last_slots.reshape(-1, *workspace.memory.shape).cpu(),  # (M, D) or (B, M, D) -> (C, M, D)
-        gates=_dense(selection, tokens.shape[-2], B).cpu(),
+        gates=_of_images(dense(selection.gates, selection.tokens, tokens.shape[-2]), B).cpu(),
         shares=seen.last_shares.float().view(B, N, -1).cpu(),  # (T, M) or (B, N, M) -> (B, N, M)
         energy=_energy(h.double(), attractors.double(), workspace).cpu(),
         steps=workspace.retrieval.steps,
@@ -134,20 +134,17 @@ def _look(
     )
 
 
-def _dense(selection: Selection, num_tokens: int, images: int) -> Tensor:
-    """The gates among zeros: (S, M, k) or (B, S, M, k) -> (B, S, M, N)."""
-    gates, tokens, _ = selection
-    dense = gates.new_zeros(*gates.shape[:-1], num_tokens).scatter(-1, tokens, gates)  # (..., S, M, T)
-    return dense if dense.ndim == 4 else dense.unflatten(-1, (images, -1)).movedim(-2, 0)  # (S, M, T) -> (B, S, M, N)
+def _of_images(gates: Tensor, images: int) -> Tensor:
+    """The gates by image: (S, M, T) or (B, S, M, N) -> (B, S, M, N)."""
+    return gates if gates.ndim == 4 else gates.unflatten(-1, (images, -1)).movedim(-2, 0)
 
 
 def _energy(state: Tensor, attractors: Tensor, workspace: GlobalWorkspace) -> Tensor:
     """Energies (B, N, K) of the tokens (B, N, E) along the steps, for attractors (M, E) or (B, M, E)."""
     beta, steps = workspace.retrieval.beta, max(workspace.retrieval.steps, ENERGY_STEPS)
     step = HopfieldRetrieval(beta)
-    of_each_image = attractors.expand(len(state), *attractors.shape[-2:])  # (B, M, E)
-    energies = []
-    for i in range(steps + 1):
-        state = step(torch.zeros_like(state), state, attractors) if i else state
-        energies.append(torch.stack([hopfield_energy(x, a, beta) for x, a in zip(state, of_each_image, strict=True)]))
+    energies = [hopfield_energy(state, attractors, beta)]
+    for _ in range(steps):
+        state = step(torch.zeros_like(state), state, attractors)
+        energies.append(hopfield_energy(state, attractors, beta))
     return torch.stack(energies, dim=-1)

@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['OutputNorm', 'call_wide', 'is_hooked', 'is_plain', 'orthogonalise', 'unit_rows', 'without_autocast']
+__all__ = [
+    'OutputNorm',
+    'call_wide',
+    'is_hooked',
+    'is_plain',
+    'orthogonalise',
+    'rms_norm',
+    'unit_rows',
+    'without_autocast',
+]
 
 PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d)
 
@@ -49,7 +58,7 @@ def is_hooked(layer: nn.Module) -> bool:
 
 
 def call_wide(layer: Any, x: Tensor) -> Tensor:
-    """A layer in the dtype of its input, which is wider than that of its parameters in a narrow model."""
+    """A norm, or a linear layer without bias, in the dtype of its input: wider than its own in a narrow model."""
     if not is_plain(layer):
         like = next(layer.parameters(), x)  # a quantised layer has none
         return layer(x.to(like.dtype)).to(x.dtype)
@@ -60,12 +69,10 @@ def call_wide(layer: Any, x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor) -> Tensor:
     """Rows (..., D) whose elements are brought to a mean square of 1; zeros stay zeros."""
-    if torch.jit.is_scripting():
-        return F.rms_norm(x, [x.shape[-1]], eps=1e-24)
-    elif torch.onnx.is_in_onnx_export():  # the older exporter lacks the norm
-        return x / x.square().mean(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
-    else:
-        return F.rms_norm(x, [x.shape[-1]], eps=1e-24)
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out a branch, but not half of a condition
+        if torch.onnx.is_in_onnx_export():  # the older exporter lacks the norm
+            return x / x.square().mean(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
+    return F.rms_norm(x, [x.shape[-1]], eps=1e-24)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -77,8 +84,8 @@ def unit_rows(x: Tensor) -> Tensor:
     return rms_norm(x) * x.shape[-1] ** -0.5
 
 
-def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:
-    """Turn slots (..., M, D) towards the nearest orthogonal ones, by Newton-Schulz iterations, with unit rows.
+def orthogonalise(slots: Tensor) -> Tensor:
+    """Turn slots (..., M, D) towards the nearest orthogonal ones, by five Newton-Schulz steps, with unit rows.
 
     Each step ``X <- 1.5 X - 0.5 X X^T X`` brings the singular values nearer to 1. More than D slots of width D cannot
     be orthogonal: they become evenly spread.
@@ -87,6 +94,6 @@ def orthogonalise(slots: Tensor, steps: int = 5) -> Tensor:
     gram = torch.bmm(x, x.transpose(1, 2))
     bound = gram.abs().sum(dim=-1).amax(dim=-1).clamp_min(1).sqrt()  # of the largest singular value
     x = x / bound.unsqueeze(-1).unsqueeze(-1)
-    for _ in range(steps):
+    for _ in range(5):
         x = torch.baddbmm(x, torch.bmm(x, x.transpose(1, 2)), x, beta=1.5, alpha=-0.5)
     return unit_rows(x).view(slots.shape)

@@ -96,13 +96,13 @@ def visualize(
         history: From :func:`timm_ait.history.follow_training`, to be drawn too.
 
     Raises:
-        ValueError: If the model has no workspace.
+        ValueError: If the model has no workspace, or for fewer pictures than one.
         ImportError: If matplotlib is missing.
     """
-    drawing.require_matplotlib()
-    blocks = inspect(model, images, *inputs)
     if pictures < 1:
         raise ValueError(f'pictures must be at least 1, got {pictures}')
+    drawing.require_matplotlib()
+    blocks = inspect(model, images, *inputs)
     shown = images[:pictures]
     parts = [
         f'<p>{len(images)} images went through the model in evaluation mode.</p>',

@@ -10,7 +10,7 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .ait import _cfg, _create_ait, _paper
+from .ait import _TEST, _cfg, _create_ait, _paper
 from .balance import plain
 from .transformer import AssociativeTransformer, without_subclass
 
@@ -58,8 +58,7 @@ class RelationalTransformer(AssociativeTransformer):
             no_embed_class=True,
             **vit_args,
         )
-        like = self.patch_embed.proj.weight
-        dd = {'device': like.device, 'dtype': like.dtype}
+        dd = self._factory()
         self.question_dim = question_dim
         self.question_embed = nn.Sequential(
             nn.LayerNorm(question_dim, **dd),
@@ -96,10 +95,8 @@ class RelationalTransformer(AssociativeTransformer):
     ) -> Tensor:
         """Tokens (B, N, E) of images (B, C, H, W) and questions (B, Q), after all blocks and the final norm."""
         self._check_input(image)
-        self._check_question(image, question)
-        assert question is not None
-        inputs = without_subclass(image), without_subclass(question)
-        return self._track(self.run_blocks(*inputs, attn_mask=attn_mask, is_causal=is_causal))
+        question = without_subclass(self._check_question(image, question))
+        return self._track(self.run_blocks(without_subclass(image), question, attn_mask=attn_mask, is_causal=is_causal))
 
     def run_blocks(self, image: Tensor, question: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """:meth:`forward_features` without its checks: (B, C, H, W), (B, Q) -> (B, N, E)."""
@@ -121,10 +118,9 @@ class RelationalTransformer(AssociativeTransformer):
         self, image: Tensor, question: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """The outputs of several blocks, with the other arguments and the results of timm's method of this name."""
-        self._check_question(image, question)
-        assert question is not None
+        checked = self._check_question(image, question)
         # timm's method knows images alone: the question enters after the last of its steps that are about patches
-        handle = self.patch_drop.register_forward_hook(lambda module, inputs, x: self.insert_question(x, question))
+        handle = self.patch_drop.register_forward_hook(lambda module, inputs, x: self.insert_question(x, checked))
         try:
             return super().forward_intermediates(image, *args, **kwargs)
         finally:
@@ -136,15 +132,14 @@ class RelationalTransformer(AssociativeTransformer):
         groups = super().group_matcher(coarse)
         return dict(groups, stem=f'{groups["stem"]}|question_embed')
 
-    def _check_question(self, image: Tensor, question: Any) -> None:
-        if isinstance(question, torch.fx.Proxy):
-            return
+    def _check_question(self, image: Tensor, question: Any) -> Tensor:
         got = tuple(question.shape) if isinstance(question, Tensor) else question
-        if got != (image.shape[0], self.question_dim):
+        if not isinstance(question, torch.fx.Proxy) and got != (image.shape[0], self.question_dim):
             raise ValueError(
                 f'expected a question for every image, shape {(image.shape[0], self.question_dim)}, got {got}; call '
                 'model(image, question), or create the model with question_dim='
             )
+        return question
 
 
 def _sort_of_clevr_cfg() -> dict[str, Any]:
@@ -186,5 +181,4 @@ def ait_base_relational_75(pretrained: bool = False, **kwargs: Any) -> Relationa
 @register_model
 def test_ait_relational(pretrained: bool = False, **kwargs: Any) -> RelationalTransformer:  # noqa: PT028
     """The relational model in small, for tests: depth 2, width 128."""
-    sizes = dict(embed_dim=128, num_heads=4, mlp_ratio=2.0, num_slots=16, slot_dim=16, write_heads=4)
-    return _create_relational('test_ait_relational', pretrained, 2, dict(sizes, **kwargs))
+    return _create_relational('test_ait_relational', pretrained, 2, dict(_TEST, **kwargs))

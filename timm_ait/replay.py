@@ -16,7 +16,7 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 __all__ = ['Replay', 'out_of_sight', 'snapshot']
 
 MOST_FORWARDS = 64  # between a forward and its backward pass
-FAR = 0.5  # mean distance of two inputs, beside their mean size, from which on they are not the same but for rounding
+FAR = 0.5  # above this part of their mean size, the mean distance of two inputs is no rounding: they are not the same
 FORGOTTEN = (
     f'gradient checkpointing repeats a forward that is not among the last {MOST_FORWARDS} of a layer of timm_ait, or '
     'repeats it with other random numbers; its gradients may be wrong. Call model.set_grad_checkpointing() instead'
@@ -132,8 +132,5 @@ class Replay:
         loss = self._loss() if isinstance(self._loss, weakref.ref) else self._loss
         return self._value if loss is None else loss
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> 'Replay':
-        return Replay()  # the graph belongs to a step, not to a module
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return Replay, ()
+        return Replay, ()  # copied or saved it is empty: a graph belongs to a step, not to a module

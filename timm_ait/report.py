@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -164,14 +164,13 @@ def format_report(reports: list[BlockReport]) -> str:
     )
     lines = [f'{heading}| over images, % |', '|---|---|---|---|---|---|---|']
     for i, report in enumerate(reports):
-        numbers = asdict(report)
         cells = (
-            f'{numbers["mean_cosine"]:.4f}',
-            f'{numbers["effective_rank"]:.1f}',
-            f'{numbers["slots_in_use"]:.1f}',
-            f'{numbers["length"]:.3f}',
-            f'{100 * numbers["varies_over_tokens"]:.2f}',
-            f'{100 * numbers["varies_over_images"]:.2f}',
+            f'{report.mean_cosine:.4f}',
+            f'{report.effective_rank:.1f}',
+            f'{report.slots_in_use:.1f}',
+            f'{report.length:.3f}',
+            f'{100 * report.varies_over_tokens:.2f}',
+            f'{100 * report.varies_over_images:.2f}',
         )
         lines.append(f'| {i} | {" | ".join(cells)} |')
     return '\n'.join(lines)

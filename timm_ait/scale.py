@@ -12,7 +12,7 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
   terms may stand beside the sum;
 - n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
 - a loss that meets larger outputs again, as in ``x - x.mean()``, was a statistic of them, and no loss;
-- the sign does not matter, nor what is added that is no loss.
+- the sign does not matter, and neither does a term that is no loss.
 
 What cannot be told apart counts as scaling.
 """
@@ -117,34 +117,35 @@ class Loss:
 
     def scaled(self, by: Any, is_division: bool) -> 'Loss':
         """The loss times ``by``, a number or a tensor, or divided by it."""
-        if isinstance(by, Tensor):
-            return self if by.requires_grad or by.numel() != 1 else self._scaled_by_tensor(by.detach(), is_division)
-        by, term = abs(float(by)), _merge(self.terms)
-        divisor = by if is_division else (1 / by if by else math.inf)
-        if divisor in (0.0, math.inf):
-            return replace(self, terms=(replace(term, weight=0.0 if divisor else term.weight),))
-        if term.summed and divisor > 1:
-            elements, items = term.summed
-            if not term.is_sum_of_losses or math.isclose(divisor, elements):
-                times = divisor / items if items else 0
-                is_multiple = times >= 1 and math.isclose(times, round(times)) and not math.isclose(divisor, elements)
-                scale = term.scale / (times if is_multiple else 1)
-                return replace(self, terms=(replace(term, scale=scale, summed=None),))
-        changed = replace(term, scale=term.scale / by) if is_division else replace(term, weight=term.weight * by)
-        return replace(self, terms=(changed,))
+        if isinstance(by, Tensor) and (by.requires_grad or by.numel() != 1):
+            return self
+        scale = _scaled_by_tensor if isinstance(by, Tensor) else _scaled_by_number
+        return replace(self, terms=(scale(_merge(self.terms), by, is_division),))
 
-    def _scaled_by_tensor(self, by: Tensor, is_division: bool) -> 'Loss':
-        by = by.reshape(()).float() if by.dtype == torch.bool else by.reshape(()).abs()
-        term = _merge(self.terms)
-        if is_division and term.summed and not term.is_sum_of_losses:
-            elements, items = term.summed
-            is_multiple = (by % max(items, 1) == 0) & (by != elements) & (items > 0 and not by.is_floating_point())
-            factor = torch.where(is_multiple, items / by, 1.0)
-            term = replace(term, summed=None)
-        else:
-            factor = 1 / by if is_division else by.float()
-        factor = factor if term.factor is None else factor * term.factor.to(factor.device)
-        return replace(self, terms=(replace(term, factor=factor),))
+
+def _scaled_by_number(term: Term, by: Any, is_division: bool) -> Term:
+    by = abs(float(by))
+    divisor = by if is_division else (1 / by if by else math.inf)
+    if divisor in (0.0, math.inf):
+        return replace(term, weight=0.0 if divisor else term.weight)
+    if term.summed and divisor > 1 and (not term.is_sum_of_losses or math.isclose(divisor, term.summed[0])):
+        elements, items = term.summed
+        times = divisor / items if items else 0
+        is_multiple = times >= 1 and math.isclose(times, round(times)) and not math.isclose(divisor, elements)
+        return replace(term, scale=term.scale / (times if is_multiple else 1), summed=None)
+    return replace(term, scale=term.scale / by) if is_division else replace(term, weight=term.weight * by)
+
+
+def _scaled_by_tensor(term: Term, by: Tensor, is_division: bool) -> Term:
+    by = by.detach().reshape(())
+    by = by.float() if by.dtype == torch.bool else by.abs()
+    if is_division and term.summed and not term.is_sum_of_losses:
+        elements, items = term.summed
+        is_multiple = (by % max(items, 1) == 0) & (by != elements) & (items > 0 and not by.is_floating_point())
+        factor, term = torch.where(is_multiple, items / by, 1.0), replace(term, summed=None)
+    else:
+        factor = 1 / by if is_division else by.float()
+    return replace(term, factor=factor if term.factor is None else factor * term.factor.to(factor.device))
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,7 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
     is_statistic = result.numel() > 1 and any(x.numel() > 1 and x.track.loss is None for x in tracked)
     if losses and not is_statistic:
         loss = losses[0] if len(losses) == 1 else _sum(losses)
-        others = [
-            x
-            for x in (*args, *kwargs.values())
-            if isinstance(x, (int, float, Real, Tensor)) and not hasattr(x, 'track')
-        ]
+        others = [x for x in (*args, *kwargs.values()) if isinstance(x, (Real, Tensor)) and not hasattr(x, 'track')]
         is_inverse = op == 'div' and others and args and others[0] is args[0]  # number / loss
         if op in ('mul', 'div') and len(losses) == len(others) == 1 and not is_inverse:
             loss = loss.scaled(others[0], is_division=op == 'div')

@@ -6,7 +6,8 @@ in each of its three arguments:
     F(weights, y, x) = sum_qi weights[q, i] <y[q], x[selected[q, i]]>     (Q, k), (Q, E), (T, E) -> ()
 
 :func:`gather` is its derivative by ``y``, :func:`scatter` by ``x``, :func:`sample` by ``weights``. The gradient of each
-of them consists of the other two. Without this file, autograd would save and multiply matrices of Q x T.
+of them consists of the other two. Without them autograd would save a matrix of Q x T. The functions ``..._per_image``
+let it do so: an image has few tokens.
 """
 
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.autograd import Function
 
 __all__ = [
     'Selection',
+    'dense',
     'gather',
     'gather_per_image',
     'load_balance_loss',
@@ -97,8 +99,12 @@ def top_logits_per_image(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tenso
 
 def gather_per_image(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
     """:func:`gather` from the tokens of each image: (B, Q, k), (B, Q, k), (B, N, E) -> (B, Q, E)."""
-    dense = weights.new_zeros(*weights.shape[:2], x.shape[1]).scatter(2, selected, weights)  # (B, Q, N)
-    return torch.bmm(dense, x)
+    return torch.bmm(dense(weights, selected, x.shape[1]), x)
+
+
+def dense(weights: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
+    """The weights of the selected tokens, and zeros for the others: (..., k), (..., k) -> (..., T)."""
+    return weights.new_zeros(*weights.shape[:-1], num_tokens).scatter_(-1, selected, weights)
 
 
 def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
@@ -111,7 +117,7 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
         num_tokens: T, tokens that compete.
 
     Returns:
-        (), the mean over images with ``write_scope='image'``; zero where no tokens compete.
+        (), the mean over images with ``write_scope='image'``; zero for fewer than two tokens.
     """
     gates, tokens, _ = selection
     if num_tokens <= 1 or gates.numel() == 0:
@@ -120,7 +126,7 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
     shares = torch.stack((gates, gates.detach().sign())).flatten(-2)  # (2, ..., S, M, k) -> (2, ..., S, M*k)
     zeros = shares.new_zeros(*shares.shape[:-1], num_tokens)
     variance, mean = torch.var_mean(zeros.scatter_add_(-1, tokens.flatten(-2).expand_as(shares), shares), dim=-1)
-    mean = mean.detach()  # M / T for any gates, since those of a slot sum to 1
+    mean = mean.detach()  # that of the importance is M / T for any gates, and the load has no gradient
     return (variance / (mean.square() + 1e-10)).sum(dim=(0, -1)).mean()  # (2, ..., S) -> (...) -> ()
 
 
@@ -183,12 +189,12 @@ class _Derivative(Function):
 def _by_y(weights: Tensor, x: Tensor, selected: Tensor) -> Tensor:
     if _is_sparse(selected, len(x), _costs(x).gather):
         return F.embedding_bag(selected, x, mode='sum', per_sample_weights=weights)
-    return _dense(weights, selected, len(x)) @ x
+    return dense(weights, selected, len(x)) @ x
 
 
 def _by_x(weights: Tensor, y: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
     if not _is_sparse(selected, num_tokens, _costs(y).scatter):
-        return _dense(weights, selected, num_tokens).t() @ y
+        return dense(weights, selected, num_tokens).t() @ y
     tokens, order = selected.flatten().sort()
     starts = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
     queries = order // selected.shape[1]
@@ -214,8 +220,3 @@ def _is_sparse(selected: Tensor, num_tokens: int, cost: int) -> bool:
     """Whether to touch the selected tokens alone, rather than all in a dense product."""
     is_eager_cpu = selected.device.type == 'cpu' and not torch.compiler.is_compiling()
     return is_eager_cpu and selected.shape[1] > 0 and cost * selected.shape[1] <= num_tokens
-
-
-def _dense(weights: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
-    """The weights among zeros: (Q, k), (Q, k) -> (Q, T)."""
-    return weights.new_zeros(len(weights), num_tokens).scatter_(1, selected, weights)

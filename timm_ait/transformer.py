@@ -81,13 +81,11 @@ class NormalizedPatchEmbed(PatchEmbed):
             )
         x = F.unfold(x, kernel_size=self.patch_size, stride=self.patch_size)  # (B, C, H, W) -> (B, C*P*P, N)
         x = self.patch_norm(x.transpose(1, 2))  # (B, C*P*P, N) -> (B, N, C*P*P)
-        if torch.jit.is_scripting():
-            return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))
-        elif is_plain(self.proj):
-            return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, C*P*P) -> (B, N, E)
-        else:
-            patches = x.reshape(-1, C, *self.patch_size)  # (B, N, C*P*P) -> (B*N, C, P, P)
-            return self.norm(self.proj(patches).view(B, x.shape[1], -1))  # (B*N, E, 1, 1) -> (B, N, E)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out a branch, but not half of a condition
+            if not is_plain(self.proj):
+                patches = x.reshape(-1, C, *self.patch_size)  # (B, N, C*P*P) -> (B*N, C, P, P)
+                return self.norm(self.proj(patches).view(B, x.shape[1], -1))  # (B*N, E, 1, 1) -> (B, N, E)
+        return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, C*P*P) -> (B, N, E)
 
 
 class AssociativeBlock(Block):
@@ -101,7 +99,7 @@ class AssociativeBlock(Block):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``x <- x + attention(LN(x))``, then ``x <- x + workspace(LN(x))``: (B, N, E) -> (B, N, E)."""
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half of a condition
+        if not torch.jit.is_scripting():  # noqa: SIM102
             if self.grad_checkpointing and torch.is_grad_enabled():
                 return self.forward_checkpointed(x, attn_mask, is_causal)
         return self.forward_once(x, attn_mask, is_causal)
@@ -165,8 +163,8 @@ class AssociativeTransformer(VisionTransformer):
         patch_size: As in timm.
         global_pool: One of timm's, or 'flatten': the classifier reads all tokens side by side, as in the paper.
         fc_norm: As in timm; with 'flatten' a LayerNorm over the flattened tokens unless False.
-        attention: Whether the blocks have self-attention. Without it a memory of the batch mixes no tokens of an image
-            in evaluation, and ``write_rule='additive'`` with ``write_scope='image'`` does.
+        attention: Whether the blocks have self-attention. Without it only a memory of each image,
+            ``write_scope='image'``, mixes the tokens of an image in evaluation.
         weight_init: As in timm; 'skip' leaves PyTorch's own initialisation, which is the authors'.
         **vit_args: Keywords of the workspaces, and of ``VisionTransformer``, which raises TypeError for unknown ones.
 
@@ -286,9 +284,7 @@ class AssociativeTransformer(VisionTransformer):
         super().reset_classifier(num_classes, '' if flatten else global_pool)  # notes the norms, for saved models
         if flatten:
             self._flatten()
-        like = self.patch_embed.proj.weight
-        dd = {'device': like.device, 'dtype': like.dtype}
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = self._classifier()
         self._set_mode_of_head()
 
     def set_input_size(
@@ -325,19 +321,27 @@ class AssociativeTransformer(VisionTransformer):
 
     def _flatten_tokens(self, norm: bool) -> None:
         """Make the classifier read all tokens side by side: (B, N, E) -> (B, N*E)."""
-        like = self.patch_embed.proj.weight
-        dd = {'device': like.device, 'dtype': like.dtype}
         width = (self.patch_embed.num_patches + self.num_prefix_tokens) * self.embed_dim
-        self.fc_norm = nn.LayerNorm(width, **dd) if norm else nn.Identity()  # type: ignore[assignment]
+        self.fc_norm = nn.LayerNorm(width, **self._factory()) if norm else nn.Identity()  # type: ignore[assignment]
         self.head_hidden_size = width
-        self.head = nn.Linear(width, self.num_classes, **dd) if self.num_classes > 0 else nn.Identity()
+        self.head = self._classifier()
         self._flatten()
+
+    def _classifier(self) -> nn.Module:
+        if self.num_classes < 1:
+            return nn.Identity()
+        return nn.Linear(self.head_hidden_size, self.num_classes, **self._factory())
+
+    def _factory(self) -> dict[str, Any]:
+        """Device and dtype of the model, for a new layer."""
+        like = self.patch_embed.proj.weight
+        return {'device': like.device, 'dtype': like.dtype}
 
     def _flatten(self) -> None:
         """Flatten in the place of timm's pooling."""
         self.global_pool = 'flatten'
         self.attn_pool, self.pool_include_prefix = nn.Flatten(1), True  # timm's place for a pooling module
-        # timm: num_features is what a model without classifier hands on
+        # timm's num_features is the width of what a model without classifier returns
         self.num_features = self.embed_dim if self.num_classes > 0 else self.head_hidden_size
 
     def _set_mode_of_head(self) -> None:
@@ -399,6 +403,5 @@ def _is_exporting() -> bool:
 
 def without_subclass(x: Tensor) -> Tensor:
     """Images without what a subclass of a tensor adds (fastai's, MONAI's, torchvision's): operations would copy it."""
-    is_annotated = type(x) not in (Tensor, nn.Parameter) and isinstance(x, Tensor)
-    is_other_storage = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ if is_annotated else False
-    return x.as_subclass(Tensor) if is_annotated and not is_other_storage else x
+    is_annotated = isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter)
+    return x.as_subclass(Tensor) if is_annotated and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ else x
