@@ -21,7 +21,7 @@ from statistics import median
 
 import timm
 import torch
-from loop import sample_folder
+from loop import accuracy, sample_folder
 from record import write_record
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
@@ -131,8 +131,7 @@ def read_images(model: nn.Module, folder: Path, count: int) -> tuple[Tensor, Ten
 def compare(run: Run, expected: Tensor, images: Tensor, labels: Tensor | None) -> tuple[float, float | None]:
     """Return the largest difference from the logits ``expected`` (T, K), and with labels (T,) the accuracy in %."""
     logits = torch.cat([run(part) for part in images.split(250)])
-    accuracy = None if labels is None else 100 * (logits.argmax(dim=1) == labels).float().mean().item()
-    return (logits - expected).abs().max().item(), accuracy
+    return (logits - expected).abs().max().item(), None if labels is None else accuracy(logits, labels)
 
 
 def speeds(runs: list[Run], images: Tensor, rounds: int, turns: int) -> list[list[float]]:
@@ -162,8 +161,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for i, name in enumerate(args.formats):
             run, path = FORMATS[name](copy.deepcopy(model), example, Path(folder) / str(i))
-            difference, accuracy = compare(run, expected, images, labels)
-            rows.append(Row(name, path.stat().st_size / 1e6, difference, accuracy=accuracy))
+            difference, top1 = compare(run, expected, images, labels)
+            rows.append(Row(name, path.stat().st_size / 1e6, difference, accuracy=top1))
             runs.append(run)
         timed = speeds([model, *runs], batch, args.rounds, args.turns)
     for row, seen in zip(rows, timed[1:], strict=True):
@@ -177,9 +176,9 @@ def table(rows: list[Row]) -> str:
     lines = ['| format | file, MB | largest difference of logits | images/s | beside eager | accuracy, % |']
     lines.append('|---|---|---|---|---|---|')
     for row in rows:
-        accuracy = '' if row.accuracy is None else f'{row.accuracy:.2f}'
+        top1 = '' if row.accuracy is None else f'{row.accuracy:.2f}'
         speed = f'{row.images_per_second:.0f} | {row.relative:.2f}'
-        lines.append(f'| {row.name} | {row.megabytes:.2f} | {row.difference:.1e} | {speed} | {accuracy} |')
+        lines.append(f'| {row.name} | {row.megabytes:.2f} | {row.difference:.1e} | {speed} | {top1} |')
     return '\n'.join(lines)
 
 

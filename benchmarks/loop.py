@@ -5,16 +5,16 @@ bit.
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import commit
+from record import commit, write_whole
 from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -148,12 +148,12 @@ def fit(
                 if run.step % per_epoch == 0 or run.step == run.steps:
                     bar.set_postfix(run.end_epoch())
                 if checkpoint is not None and (run.step % (save_every or per_epoch) == 0 or run.step == run.steps):
-                    save(run.state(), checkpoint)
+                    write_whole(checkpoint, partial(torch.save, run.state()))
                 if run.step == run.steps:
                     break
                 if deadline is not None and time.monotonic() >= deadline:
                     if checkpoint is not None:
-                        save(run.state(), checkpoint)
+                        write_whole(checkpoint, partial(torch.save, run.state()))
                     raise OutOfTimeError(f'stopped after step {run.step} of {run.steps}')
         bar.close()
     run.seconds = run._elapsed()
@@ -337,17 +337,6 @@ def normalize(images: Tensor, settings: Settings) -> Tensor:
         return images
     mean, std = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (settings.mean, settings.std))
     return (images / 255 - mean) / std
-
-
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint. If the process is killed meanwhile, the old file is still whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f'{path.name}.tmp')
-    with scratch.open('wb') as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def _count(data: Data) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from loop import Settings, evaluate, fit, load
 from record import write_record
-from runs import count_parameters, format_gains, gains, interval, run_each, top1_of
+from runs import count_parameters, draw_rows, format_gains, gains, interval, run_each, top1_of
 from torch import Tensor, nn
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
@@ -195,14 +195,8 @@ def draw(found: dict[str, dict[str, dict[int, Any]]], path: Path) -> None:
     for axes, (setting, rows) in zip(panels, found.items(), strict=True):
         control = top1_of(rows.get('none', {}))
         less = {name: gains(top1_of(seeds), control) for name, seeds in rows.items() if name != 'none'}
-        for y, values in enumerate(less.values()):
-            axes.plot(values, [y] * len(values), 'o', color='tab:grey', alpha=0.6)
-            if values:
-                half = interval(values) if len(values) > 1 else None
-                axes.errorbar(statistics.mean(values), y, xerr=half, fmt='s', color='tab:blue', capsize=4)
+        draw_rows(axes, less)
         axes.axvline(0, color='black', linewidth=1)
-        axes.set_yticks(range(len(less)), list(less))
-        axes.set_ylim(len(less) - 0.5, -0.5)  # the first row on top
         axes.set_title(setting, fontsize='medium')
     panels[-1].set_xlabel('top-1 accuracy less that without memory, points: each seed, mean and 95 % interval')
     figure.savefig(path, dpi=110)

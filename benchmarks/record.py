@@ -4,8 +4,9 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm
 import torch
@@ -47,11 +48,21 @@ def write_record(path: Path, arguments: dict[str, Any], results: dict[str, Any])
     """
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
     record = {**environment(), 'arguments': arguments, **results}
+    write_whole(path, lambda file: file.write(f'{json.dumps(record, indent=1)}\n'.encode()))
+    return record
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file and its folder. If the process is killed meanwhile, an older file is still whole.
+
+    Args:
+        path: File to write.
+        write: Writes its content into the open file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f'{path.name}.tmp')
-    with scratch.open('w') as file:
-        file.write(json.dumps(record, indent=1) + '\n')
+    with scratch.open('wb') as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-    return record

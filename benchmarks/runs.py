@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from loop import OutOfTimeError
+from scipy.stats import t  # comes with scikit-learn
 from torch import nn
-
-# 97.5 % quantiles of Student's t, by degrees of freedom
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def run_each(todo: Iterable[tuple[str, int]], run: Callable[[str, int], float]) -> None:
@@ -35,9 +33,7 @@ def top1_of(seeds: dict[int, Any]) -> dict[int, float]:
 def interval(values: list[float]) -> float:
     """Half of the 95 % interval of the mean, by Student's t."""
     n = len(values)
-    if n - 1 > max(T):
-        raise ValueError(f'expected at most {max(T) + 1} seeds of a row, got {n}; remove some of the results')
-    return T[n - 1] * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
+    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
 
 
 def gains(top1: dict[int, float], control: dict[int, float]) -> list[float]:
@@ -49,3 +45,14 @@ def format_gains(values: list[float]) -> str:
     """Their mean with half of its 95 % interval; '' if there is none."""
     half = f' ± {interval(values):.2f}' if len(values) > 1 else ''
     return f'{statistics.mean(values):+.2f}{half}' if values else ''
+
+
+def draw_rows(axes: Any, rows: dict[str, list[float]]) -> None:
+    """Draw each value as a point, and the mean of each row with its interval; the first row on top."""
+    for y, values in enumerate(rows.values()):
+        axes.plot(values, [y] * len(values), 'o', color='tab:gray', alpha=0.6)
+        if values:
+            half = interval(values) if len(values) > 1 else None
+            axes.errorbar(statistics.mean(values), y, xerr=half, fmt='s', color='tab:blue', capsize=4)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -26,7 +26,7 @@ import baselines
 import torch
 from loop import Data, Settings, evaluate, fit, load
 from record import write_record
-from runs import count_parameters, format_gains, gains, interval, run_each, top1_of
+from runs import count_parameters, draw_rows, format_gains, gains, interval, run_each, top1_of
 from timm.optim import list_optimizers
 from torch import nn
 
@@ -227,12 +227,7 @@ def draw(rows: dict[str, dict[int, Any]], heading: str, path: Path) -> None:
 
     figure = Figure(figsize=(8, 1.5 + 0.4 * len(rows)), layout='constrained', facecolor='white')
     axes = figure.subplots()
-    for y, seeds in enumerate(rows.values()):
-        mean, half = mean_and_interval(seeds)
-        axes.plot(list(top1_of(seeds).values()), [y] * len(seeds), 'o', color='tab:gray', alpha=0.6)
-        axes.errorbar(mean, y, xerr=half if len(seeds) > 1 else None, fmt='s', color='tab:blue', capsize=4)
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    draw_rows(axes, {row: list(top1_of(seeds).values()) for row, seeds in rows.items()})
     axes.set(xlabel='top-1 accuracy, %: each seed, mean and 95 % interval')
     axes.set_title(heading, fontsize='small', wrap=True)
     figure.savefig(path, dpi=110)

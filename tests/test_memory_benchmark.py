@@ -23,9 +23,11 @@ def test_a_variant_differs_from_no_memory_in_what_it_adds_alone(variant: str) ->
     torch.manual_seed(0)
     model = memory.create(variant, attention=False, width=32, depth=2)
     control = memory.create('none', attention=False, width=32, depth=2)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    added = {name for name in shapes if name not in dict(control.named_parameters())}
-    assert all(name.endswith(('mlp.scale', 'reg_token')) for name in added)
+    shapes, wanted = ({name: p.shape for name, p in m.named_parameters()} for m in (model, control))
+    assert all(name.endswith(('mlp.scale', 'reg_token')) for name in shapes.keys() - wanted.keys())
+    others = {'registers': 'pos_embed', 'wider_mlp': r'blocks\.\d\.mlp\.fc\d\.\w+'}.get(variant, '')
+    differ = {name for name in wanted if shapes[name] != wanted[name]}
+    assert all(re.fullmatch(others, name) for name in differ)
     x = torch.randn(3, 3, 32, 32)
     before = [block.mlp.memory.clone() for block in model.blocks]
     model.train()(x)
@@ -90,10 +92,8 @@ def test_the_wider_mlp_has_as_many_trained_parameters_as_the_memory_that_pays() 
 
 
 def test_half_an_interval_is_students() -> None:
-    assert runs.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert runs.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
     assert math.isnan(runs.interval([1.0]))
-    with pytest.raises(ValueError, match='at most 10 seeds of a row, got 11'):
-        runs.interval([0.0] * 11)
 
 
 def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,13 +174,6 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         assert message in capsys.readouterr().err
 
 
-def test_more_seeds_than_the_table_of_t_knows_are_refused() -> None:
-    records = {seed: dict(top1=float(seed)) for seed in range(10)}
-    assert tables.mean_and_interval(records)[0] == 4.5
-    with pytest.raises(ValueError, match='expected at most 10 seeds of a row, got 11'):
-        tables.mean_and_interval(records | {10: dict(top1=10.0)})
-
-
 # Batch sizes
 
 
