@@ -137,6 +137,19 @@ def test_a_wrong_argument_says_what_was_expected_and_what_came(
         make_model(layout, **kwargs)
 
 
+@pytest.mark.parametrize('layout', ['paper', 'vit'])
+def test_narrow_weights_take_wide_images_under_autocast(layout: str) -> None:
+    model = make_model(layout).to(torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16):
+        model(images()).float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_size_that_the_convolutional_stem_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'got \(33, 33\) and \(4, 4\); the nearest sizes below are \(32, 32\)'):
+        timm.create_model('ait_tiny_conv4_32', img_size=33)
+
+
 @LAYOUTS
 @pytest.mark.parametrize('shape', [(2, 1, SIDE, SIDE), (2, 4, SIDE, SIDE), (3, SIDE, SIDE)], ids=str)
 def test_images_of_other_channels_are_refused_with_the_remedy(layout: str, shape: tuple[int, ...]) -> None:

@@ -210,12 +210,26 @@ def test_a_square_grid_of_positions_is_resampled_to_an_oblong_one() -> None:
     assert model(torch.randn(2, 3, 14, 35)).shape == (2, CLASSES)
 
 
+@pytest.mark.parametrize('global_pool', ['', 'flatten'])
+def test_a_pooled_checkpoint_serves_a_model_that_returns_its_tokens(global_pool: str) -> None:
+    pooled = timm.create_model('ait_tiny_conv4_32', pretrained=True).eval()
+    tokens = timm.create_model('ait_tiny_conv4_32', pretrained=True, num_classes=0, global_pool=global_pool).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = pooled.fc_norm(pooled.forward_features(x))
+    torch.testing.assert_close(tokens.forward_features(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_oblong_grid_of_positions_is_refused_with_what_to_do() -> None:
     oblong, square = make_model('ait_small', img_size=(14, 35)), make_model('ait_small')
     with pytest.raises(
         ValueError, match=r'10 positions. Only a square grid can be resampled to \(3, 3\); .* then call set_input_size'
     ):
         checkpoint_filter_fn(oblong.state_dict(), square)
+    plain, prefixed = make_model('ait_small', class_token=False, global_pool='avg'), make_model('ait_small')
+    with pytest.raises(
+        ValueError, match=r'9 positions, of patches alone, but the model has 1 more tokens; .* class_token'
+    ):
+        checkpoint_filter_fn(plain.state_dict(), prefixed)
     oblong.set_input_size((SIDE, SIDE))
     assert_equal(checkpoint_filter_fn(oblong.state_dict(), square), oblong.state_dict())
 

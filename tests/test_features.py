@@ -70,6 +70,14 @@ def test_torchvisions_extractor_gives_what_the_model_computes_there(layout: str)
     torch.testing.assert_close(found['logits'], model(images()))
 
 
+@pytest.mark.parametrize('feature_cls', ['getter', 'fx'])
+def test_maps_of_blocks_without_self_attention(feature_cls: str) -> None:
+    made = dict(attention=False, features_only=True, out_indices=(1,), feature_cls=feature_cls)
+    (found,) = make_model('ait_small_patch4_32', **made)(images())
+    assert found.shape[0] == 3
+    assert WIDTH in found.shape
+
+
 @LAYOUTS
 @pytest.mark.parametrize('method', ['hook', 'fx'])
 def test_timms_attention_maps_are_shares_of_tokens(layout: str, method: str) -> None:

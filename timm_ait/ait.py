@@ -14,13 +14,13 @@ from timm.data import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
-from timm.layers import ConvNormAct, HybridEmbed
+from timm.layers import ConvNormAct, HybridEmbed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from .convert import fit_pretrained
 from .pretrained import fetch_weights, packaged, resolve_cfg
-from .transformer import AssociativeTransformer, NormalizedPatchEmbed
+from .transformer import AssociativeTransformer, NormalizedPatchEmbed, check_divisible
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -228,6 +228,8 @@ def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTra
     Convolutions in place of the patches (Xiao et al., https://arxiv.org/abs/2106.14881), positions, the mean of the
     tokens before the classifier, and a memory for each image, whose slots stay distinct.
     """
+    p, q = to_2tuple(kwargs.get('patch_size', 1))
+    check_divisible(kwargs.get('img_size', 32), (4 * p, 4 * q), kwargs.get('dynamic_img_pad', False))
     stem = _conv_stem(**{name: kwargs[name] for name in ('in_chans', 'device', 'dtype') if name in kwargs})
     model_args: dict[str, Any] = dict(
         img_size=32,

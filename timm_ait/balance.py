@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, Variable
+from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .scale import Forward, Loss, Term, Track, follow
@@ -245,8 +246,8 @@ class TrackedTensor(Tensor):
     @property
     def track(self) -> Track:
         with torch._C.DisableTorchFunctionSubclass():
-            if '_track' not in vars(self):
-                _tracked(self, _start(is_loss=self.ndim == 0))  # compiled together with the model, or its logits
+            if '_track' not in vars(self):  # compiled together with the model, or its logits
+                _tracked(self, _start(_forward_of_graph(self), is_loss=self.ndim == 0))
             return self._track
 
     @classmethod
@@ -297,13 +298,21 @@ def track(outputs: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return tree_map(lambda x: x.as_subclass(TrackedTensor) if type(x) is Tensor else x, outputs)
-    start = _start()
+    start = _start(Forward())
     return tree_map(lambda x: _tracked(x, start) if type(x) is Tensor and x.requires_grad else x, outputs)
 
 
-def _start(is_loss: bool = False) -> Track:
+def _forward_of_graph(output: Tensor) -> Forward:
+    """The forward of a compiled graph, which all its outputs share."""
+    node: Any = output.grad_fn
+    while type(node).__name__ == 'AliasBackward0':  # from a tensor to a subclass
+        node = node.next_functions[0][0]
+    return node.metadata.setdefault('timm_ait', Forward()) if isinstance(node, BackwardCFunction) else Forward()
+
+
+def _start(forward: Forward, is_loss: bool = False) -> Track:
     """What is known of the output of a forward, or of a loss that was computed out of sight."""
-    forwards = frozenset({Forward()})
+    forwards = frozenset({forward})
     return Track(forwards, loss=Loss((Term((), forwards),)) if is_loss else None)
 
 

@@ -225,6 +225,12 @@ def _fit_positions(state_dict: StateDict, model: VisionTransformer) -> StateDict
     grid = model.patch_embed.grid_size
     count = pos_embed.shape[1] - prefix
     if math.isqrt(count) ** 2 != count:
+        if math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:
+            raise ValueError(
+                f'pos_embed has {pos_embed.shape[1]} positions, of patches alone, but the model has {prefix} more '
+                'tokens; create the model with the class_token and reg_tokens of the checkpoint, or with '
+                'no_embed_class=True'
+            )
         raise ValueError(
             f'pos_embed has {count} positions. Only a square grid can be resampled to {grid}; '
             'create the model with the img_size of the checkpoint, then call set_input_size'
@@ -309,8 +315,16 @@ def _check_head(state_dict: StateDict, model: VisionTransformer, config_classes:
 
 
 def _replace_pooling_norm(state_dict: StateDict, model: VisionTransformer) -> StateDict:
-    """Treat the norm before a replaced classifier as a part of it: where it does not fit, take the model's own."""
-    own = {key: value for key, value in model.state_dict().items() if key.startswith('fc_norm.')}
+    """Treat the norm before a replaced classifier as a part of it: where it does not fit, take the model's own.
+
+    A model without pooling has it as its final norm: there the norm behind the pooling is the nearest.
+    """
+    wanted = model.state_dict()
+    if 'norm.weight' in wanted and 'norm.weight' not in state_dict:
+        moved = {key.removeprefix('fc_'): value for key, value in state_dict.items() if key.startswith('fc_norm.')}
+        if moved and all(value.shape == wanted[key].shape for key, value in moved.items()):
+            state_dict = {**state_dict, **moved}
+    own = {key: value for key, value in wanted.items() if key.startswith('fc_norm.')}
     given = {key: value for key, value in state_dict.items() if key in own or not key.startswith('fc_norm.')}
     return {**given, **{key: value for key, value in own.items() if given.get(key, value).shape != value.shape}}
 

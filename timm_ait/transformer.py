@@ -19,11 +19,17 @@ from torch import Tensor, nn
 from .arguments import WORKSPACE_ARGS
 from .balance import plain, track
 from .fused import FusedWorkspace
-from .layers import is_hooked, is_plain
+from .layers import OutputNorm, is_hooked, is_plain
 from .replay import snapshot
 from .workspace import GlobalWorkspace, MemoryWrite
 
-__all__ = ['AssociativeBlock', 'AssociativeTransformer', 'AttentionFreeBlock', 'NormalizedPatchEmbed']
+__all__ = [
+    'AssociativeBlock',
+    'AssociativeTransformer',
+    'AttentionFreeBlock',
+    'NormalizedPatchEmbed',
+    'check_divisible',
+]
 
 register_notrace_module(GlobalWorkspace)
 register_notrace_module(FusedWorkspace)
@@ -58,7 +64,7 @@ class NormalizedPatchEmbed(PatchEmbed):
             img_size, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, bias=bias, device=device, dtype=dtype
         )
         patch_dim = in_chans * self.patch_size[0] * self.patch_size[1]
-        self.patch_norm = nn.LayerNorm(patch_dim, device=device, dtype=dtype)
+        self.patch_norm = OutputNorm(patch_dim, device=device, dtype=dtype)
 
     def set_input_size(
         self,
@@ -137,7 +143,8 @@ class AttentionFreeBlock(AssociativeBlock):
 
     def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """``x``: (B, N, E) -> (B, N, E)."""
-        if attn_mask is not None or is_causal:
+        is_traced = isinstance(attn_mask, torch.fx.Proxy)  # by torch.fx, which makes proxies of arguments left out too
+        if not is_traced and (attn_mask is not None or is_causal):
             raise ValueError('blocks without self-attention take no mask; leave out attn_mask and is_causal')
         return x
 
@@ -185,7 +192,7 @@ class AssociativeTransformer(VisionTransformer):
         weight_init: str = '',
         **vit_args: Any,
     ) -> None:
-        _check_divisible(img_size, patch_size, vit_args.get('dynamic_img_pad', False))
+        check_divisible(img_size, patch_size, vit_args.get('dynamic_img_pad', False))
         if not isinstance(attention, bool):
             raise ValueError(f'attention must be True or False, got {attention!r}')
         flatten = global_pool == 'flatten'
@@ -240,12 +247,16 @@ class AssociativeTransformer(VisionTransformer):
     @property
     def auto_balance(self) -> bool:
         """Whether a backward pass adds the gradient of the balance loss by itself."""
-        return all(getattr(block.mlp, 'auto_balance', True) for block in self.blocks)
+        return all(workspace.auto_balance for workspace in self._workspaces())
 
     @auto_balance.setter
     def auto_balance(self, is_automatic: bool) -> None:
-        for block in self.blocks:
-            block.mlp.auto_balance = is_automatic
+        for workspace in self._workspaces():
+            workspace.auto_balance = is_automatic
+
+    def _workspaces(self) -> list[GlobalWorkspace]:
+        """Also those that somebody has wrapped."""
+        return [module for module in self.modules() if isinstance(module, GlobalWorkspace)]
 
     __jit_unused_properties__ = ('auto_balance',)
 
@@ -294,9 +305,9 @@ class AssociativeTransformer(VisionTransformer):
     ) -> None:
         """Change image or patch size as timm does; a classifier over flattened tokens is tied to their number."""
         new_img, new_patch = img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size
-        _check_divisible(new_img, new_patch, self.patch_embed.dynamic_img_pad)
         (h, w), (p, q) = to_2tuple(new_img), to_2tuple(new_patch)
         y, x = getattr(self.patch_embed, 'feature_ratio', (1, 1))  # a convolutional stem makes the image smaller
+        check_divisible(new_img, (y * p, x * q), self.patch_embed.dynamic_img_pad)
         num_patches = (h // y // p) * (w // x // q)
         is_resized = self.global_pool == 'flatten' and num_patches != self.patch_embed.num_patches
         if is_resized and self.num_classes > 0:
@@ -378,7 +389,8 @@ class AssociativeTransformer(VisionTransformer):
             )
 
 
-def _check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], padded: bool) -> None:
+def check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], padded: bool) -> None:
+    """Raise ValueError unless patches of this size, in pixels of the image, fill it."""
     (h, w), (p, q) = to_2tuple(img_size), to_2tuple(patch_size)
     if not padded and (h % p or w % q):
         raise ValueError(

@@ -172,7 +172,7 @@ class GlobalWorkspace(nn.Module):
 
         self.replay = Replay()
         self.reset_parameters()
-        self._freeze_untrained()
+        self.freeze_untrained()
 
     @property
     def beta(self) -> float:
@@ -454,8 +454,11 @@ class GlobalWorkspace(nn.Module):
             layer.reset_parameters()
         self.reset_parameters()
 
-    def _freeze_untrained(self) -> None:
-        """Freeze the parameters that no gradient can reach, or DistributedDataParallel waits for them for ever."""
+    def freeze_untrained(self) -> None:
+        """Freeze the parameters that no gradient can reach, or DistributedDataParallel waits for them for ever.
+
+        A new layer has done so. Call it again after something has unfrozen all parameters, as ``timm.utils.unfreeze``.
+        """
         trains_gates = self.write_grad or self.balance_weight > 0
         trained = {
             self.query: trains_gates,
