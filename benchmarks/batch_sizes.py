@@ -18,11 +18,12 @@ import timm
 import torch
 from contenders import LoopedWorkspace
 from loop import Data, Settings, accuracy, predict
-from record import write_record
+from record import told, write_record
 from torch import nn
 
-from timm_ait import GlobalWorkspace  # and registers the models
+from timm_ait import GlobalWorkspace
 from timm_ait.card import batch_table
+from timm_ait.visualize import load_model
 
 BATCH_SIZES = (1, 7, 64, 512)
 
@@ -36,7 +37,16 @@ def loop_heads(model: nn.Module) -> nn.Module:
 
 
 def looped(ours: GlobalWorkspace) -> LoopedWorkspace:
-    """The workspace as the authors compute it, with the weights of ``ours``."""
+    """The workspace as the authors compute it, with the weights of ``ours``.
+
+    Raises:
+        ValueError: For a workspace that is not the paper's.
+    """
+    if ours.write_rule != 'published' or ours.write_scope != 'batch' or ours.scale is not None:
+        raise ValueError(
+            f"the authors' way has one memory for the batch and their rule, got write_rule={ours.write_rule!r}, "
+            f'write_scope={ours.write_scope!r}, retrieval_scale={ours.retrieval_scale}; take a model such as test_ait'
+        )
     sizes = (ours.num_slots, ours.slot_dim, ours.write_heads, ours.bottleneck)
     layer = LoopedWorkspace(ours.in_features, ours.fc1.out_features, *sizes)
     pairs: list[tuple[Any, Any]] = [
@@ -73,35 +83,38 @@ def measure(model: nn.Module, data: Data, settings: Settings) -> dict[str, dict[
 
 def load(name: str) -> tuple[nn.Module, Settings]:
     """A model with its pretrained weights, and how its images are normalized."""
-    model = timm.create_model(name, pretrained=True)
+    model = load_model(name)
     pixels = timm.data.resolve_model_data_config(model)
     return model, Settings(lr=0.0, mean=pixels['mean'], std=pixels['std'])
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, evaluate both ways, print the table and write ``batch_sizes.json``."""
+    """Read the command line, and run."""
     parser = tables.make_parser(__doc__)
     parser.set_defaults(out=Path('output/batch_sizes'), seeds=[1])
     parser.add_argument('--weights', metavar='MODEL', help='evaluate the pretrained weights of this model')
     args: argparse.Namespace = parser.parse_args(argv)
     if args.table is None or len(args.seeds) != 1:
         parser.error('give a table and one seed')
-    tables.complete(args, argv, 'batch_sizes.py')
+    with told(parser, args.out):
+        run(tables.complete(args, argv, 'batch_sizes.py'))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train or load the model, evaluate it both ways, print the table and write the result."""
     torch.set_num_threads(args.threads)
     (seed,), data = args.seeds, tables.TASKS[args.table].data
     arguments = tables.settings_of(args)
     training: dict[str, Any] = {}
-    try:
-        if args.weights is None:
-            model, settings, fitted, _ = tables.train('ait', seed, args, data(args, 'train', args.train))
-            training = fitted.record()
-        else:
-            model, settings = load(args.weights)
-            arguments = {'table': args.table, 'test': args.test, 'weights': args.weights}
-        test = data(args, 'test', args.test)
-    except ValueError as error:
-        parser.error(str(error))
-    found = {'ours': measure(model, test, settings), "the authors' way": measure(loop_heads(model), test, settings)}
+    if args.weights is None:
+        model, settings, fitted, _ = tables.train('ait', seed, args, data(args, 'train', args.train))
+        training = fitted.record()
+    else:
+        model, settings = load(args.weights)
+        arguments = {'table': args.table, 'test': args.test, 'weights': args.weights}
+    authors = loop_heads(model)
+    test = data(args, 'test', args.test)
+    found = {'ours': measure(model, test, settings), "the authors' way": measure(authors, test, settings)}
     print(batch_table(found))
     results = {'seed': seed, 'batch_sizes': found, 'command': args.command, **training}
     write_record(args.out / 'batch_sizes.json', arguments, results)

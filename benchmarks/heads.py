@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from loop import sample_folder
+from record import told
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -120,17 +121,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--output', type=Path, default=Path('heads.png'))
     args = parser.parse_args(argv)
-    model = timm.create_model(
-        args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint, num_classes=args.num_classes
-    )
-    chosen = sample_folder(args.folder, model, args.images)
-    loader = DataLoader(chosen, args.batch_size)
-    try:
+    if not timm.is_model(args.model) and ':' not in args.model:
+        parser.error(f'timm has no model {args.model}; timm.list_models() lists them')
+    with told(parser, args.output.parent):
+        model = timm.create_model(
+            args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint, num_classes=args.num_classes
+        )
+        chosen = sample_folder(args.folder, model, args.images)
+        loader = DataLoader(chosen, args.batch_size)
         shares = head_shares(model.to(args.device), (images.to(args.device) for images, _ in loader))
-    except ValueError as error:
-        parser.error(str(error))
-    print_table(shares)
-    draw(args.output, shares, f'{args.model}, {len(chosen)} images')
+        print_table(shares)
+        draw(args.output, shares, f'{args.model}, {len(chosen)} images')
 
 
 if __name__ == '__main__':

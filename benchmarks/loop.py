@@ -5,7 +5,9 @@ bit.
 """
 
 import math
+import pickle
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -73,13 +75,29 @@ class Settings:
     seed: int = 0
     bfloat16: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ('epochs', 'steps', 'batch_size'):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value}')
+
 
 def load(folder: Path, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Read the images ``first`` to ``first + count`` of every class: uint8 (N, 3, 32, 32) and labels (N,)."""
+    """Read the images ``first`` to ``first + count`` of every class: uint8 (N, 3, 32, 32) and labels (N,).
+
+    Raises:
+        ValueError: If a class has fewer images, or if none are asked for.
+    """
     dataset = ImageFolder(str(folder))
     samples: dict[int, list[str]] = {}
     for path, label in dataset.samples:
         samples.setdefault(label, []).append(path)
+    fewest, label = min((len(paths), label) for label, paths in samples.items())
+    if count < 1 or fewest < first + count:
+        raise ValueError(
+            f'expected 1 to {fewest - first} images of each class of {folder}, asked for {count}: '
+            f'{dataset.classes[label]} has {fewest}' + (f', and {first} are taken' if first else '')
+        )
     chosen = [(path, label) for label, paths in samples.items() for path in paths[first : first + count]]
     paths = tqdm([path for path, _ in chosen], desc=f'reading {folder.name}', disable=None)
     images = torch.stack([pil_to_tensor(dataset.loader(path)) for path in paths])
@@ -132,7 +150,8 @@ def fit(
     per_epoch = images // settings.batch_size
     if per_epoch == 0:
         raise ValueError(f'expected at least one batch of {settings.batch_size} images, got {images}; lower batch_size')
-    run = Run(model, settings, settings.steps or settings.epochs * per_epoch, images)
+    steps = settings.epochs * per_epoch if settings.steps is None else settings.steps
+    run = Run(model, settings, steps, images, checksum(data))
     with torch.random.fork_rng([run.device] if run.device.type == 'cuda' else []):
         torch.manual_seed(settings.seed)
         if checkpoint is not None and checkpoint.exists():
@@ -174,11 +193,12 @@ class Run:
         log: For each epoch, the mean training loss and the training accuracy in percent.
         seconds: How long it has taken, over all its sittings, up to the last end of one.
         commits: Of the code of each sitting that trained.
+        data: Checksum of the data, None where they are drawn.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, steps: int, images: int) -> None:
-        self.model, self.settings, self.steps = model.train(), settings, steps
-        self.identity = {**asdict(settings), 'steps': steps, 'images': images}
+    def __init__(self, model: nn.Module, settings: Settings, steps: int, images: int, data: str | None) -> None:
+        self.model, self.settings, self.steps, self.data = model.train(), settings, steps, data
+        self.identity = {**asdict(settings), 'steps': steps, 'images': images, 'data': data}
         self.optimizer = create_optimizer_v2(
             model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -246,7 +266,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Return what is written beside a result."""
-        return {'log': self.log, 'seconds': round(self.seconds, 2), 'commits': self.commits}
+        return {'log': self.log, 'seconds': round(self.seconds, 2), 'commits': self.commits, 'data': self.data}
 
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._start
@@ -260,9 +280,12 @@ class Run:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: If it was made with other settings, another number of images, or by an older version.
+            ValueError: If it was made with other settings, other images, or by an older version, or if it is damaged.
         """
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        try:
+            state = torch.load(path, map_location='cpu', weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f'{path} is damaged; remove it to start anew: {error}') from error
         missing = [key for key in self.state() if key not in state]
         if missing:
             raise ValueError(f'{path} lacks {", ".join(missing)}: an older version wrote it; remove the file')
@@ -337,6 +360,16 @@ def normalize(images: Tensor, settings: Settings) -> Tensor:
         return images
     mean, std = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (settings.mean, settings.std))
     return (images / 255 - mean) / std
+
+
+def checksum(data: Data) -> str | None:
+    """Eight digits that stand for tensors; None for a data set, which is drawn."""
+    if not isinstance(data, tuple):
+        return None
+    total = 0
+    for x in data:
+        total = zlib.crc32(x.cpu().contiguous().numpy(), total)
+    return f'{total:08x}'
 
 
 def _count(data: Data) -> int:

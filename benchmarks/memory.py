@@ -8,7 +8,6 @@ says what is tested, and what counts as a gain.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from loop import Settings, evaluate, fit, load
-from record import write_record
+from loop import Settings, checksum, evaluate, fit, load
+from record import check_same, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_gains, gains, interval, run_each, top1_of
 from torch import Tensor, nn
 
@@ -88,6 +87,7 @@ PAIRS = (  # a trained write and a detached one; as many trained parameters with
 SHAPE: dict[str, Any] = dict(
     img_size=32, patch_size=4, num_heads=4, mlp_ratio=2.0, num_classes=10, class_token=False, global_pool='avg'
 )
+RESULT = ('variant', 'seed', 'top1', 'memory', 'arguments')
 SETTINGS = ('images', 'test_images', 'epochs', 'batch_size', 'lr')  # that the name of a run does not tell
 WORKSPACE: dict[str, Any] = dict(num_slots=32, slot_dim=32, write_heads=4, bottleneck=512)
 
@@ -125,32 +125,24 @@ def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int,
     return top1
 
 
-def is_there(args: argparse.Namespace, name: str) -> bool:
-    """Whether a run has its result.
-
-    Raises:
-        ValueError: If the result is one of other settings that its name does not tell.
-    """
-    path = args.out / f'{name}.json'
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text())['arguments']
-    differ = [f'{key}={found[key]}' for key in SETTINGS if found[key] != getattr(args, key)]
-    if differ:
-        raise ValueError(f'{path} is of a run with {", ".join(differ)}; use the same settings or another --out')
-    return True
-
-
 def title(args: argparse.Namespace, variant: str, seed: int) -> str:
     """Name of a run."""
     return f'{variant}-{"attention" if args.attention else "alone"}-w{args.width}-d{args.depth}-{seed}'
 
 
 def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
-    """Results by setting, then by variant, then by seed."""
+    """Results by setting, then by variant, then by seed.
+
+    Raises:
+        ValueError: If there are none, or if they may not be compared.
+    """
+    records = read_records(folder, RESULT)
+    if not records:
+        raise ValueError(f'expected results in {folder}, got none; run something with --out {folder} first')
+    check_same(records, SETTINGS, within='arguments')
+    check_same(records, ['data'])
     found: dict[str, dict[str, dict[int, Any]]] = {}
-    for path in sorted(folder.glob('*.json')):
-        record = json.loads(path.read_text())
+    for record in records.values():
         arguments = record['arguments']
         mixing = 'with self-attention' if arguments['attention'] else 'without self-attention'
         setting = f'width {arguments["width"]}, depth {arguments["depth"]}, {mixing}'
@@ -166,6 +158,7 @@ def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
         for variant, seeds in rows.items():
             top1, control = top1_of(seeds), top1_of(rows.get('none', {}))
             values = list(top1.values())
+            spread = f' ± {interval(values):.2f}' if len(values) > 1 else ''
             loss = statistics.mean(record['log'][-1]['loss'] for record in seeds.values())
             blocks = [block for record in seeds.values() for block in record['memory']]
             mean = {key: statistics.mean(block[key] for block in blocks) for key in (blocks[0] if blocks else ())}
@@ -175,7 +168,7 @@ def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
             parameters = next(iter(seeds.values()))['parameters'] / 1e6
             lines.append(
                 f'| {setting} | {variant} | {parameters:.2f} | {len(seeds)} '
-                f'| {statistics.mean(values):.2f} ± {interval(values):.2f} | {less} | {loss:.3f} | {slots} | {varies} |'
+                f'| {statistics.mean(values):.2f}{spread} | {less} | {loss:.3f} | {slots} | {varies} |'
             )
     lines += ['', '| setting | memory | less that of | difference |', '|---|---|---|---|']
     for setting, rows in found.items():
@@ -227,12 +220,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run what has no result yet, seed by seed; or show the results."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
-        if args.data is None and args.show is None:
-            parser.error('give a folder of images, or --show')
+    if args.data is None and args.show is None:
+        parser.error('give a folder of images, or --show')
+    with told(parser, None if args.show else args.out):
         run_all(args)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -244,12 +235,16 @@ def run_all(args: argparse.Namespace) -> None:
         return
     torch.set_num_threads(args.threads)
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    todo = [(variant, seed) for seed in args.seeds for variant in args.variants]
-    todo = [(variant, seed) for variant, seed in todo if not is_there(args, title(args, variant, seed))]
+    this, there = Path('this run'), read_records(args.out, RESULT, '*-w*-d*.json')
+    check_same({this: {'arguments': vars(args)}, **there}, SETTINGS, within='arguments')
+    todo = [(variant, seed) for seed in dict.fromkeys(args.seeds) for variant in dict.fromkeys(args.variants)]
+    done = {path.stem for path in there}
+    todo = [(variant, seed) for variant, seed in todo if title(args, variant, seed) not in done]
     data = {
         'train': load(args.data / 'train', 0, args.images),
         'test': load(args.data / 'test', 0, args.test_images),
     }
+    check_same({this: {'data': checksum(data['train'])}, **there}, ['data'])
     run_each(todo, lambda variant, seed: run(args, data, variant, seed, deadline))
 
 

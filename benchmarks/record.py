@@ -1,10 +1,13 @@
 """Write a result together with what is needed to measure it again: machine, versions, commit and arguments."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,3 +69,66 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def read_records(folder: Path, names: Iterable[str], pattern: str = '*.json') -> dict[Path, dict[str, Any]]:
+    """Read the results of a folder, by file.
+
+    Args:
+        folder: Of JSON files.
+        names: What each of them must hold.
+        pattern: Of the files' names.
+
+    Raises:
+        ValueError: For a file that is no such result.
+    """
+    records = {}
+    for path in sorted(folder.glob(pattern)):
+        try:
+            records[path] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f'{path} is no JSON: {error}; remove it') from error
+        missing = [name for name in names if name not in records[path]]
+        if missing:
+            raise ValueError(f'{path} holds no {", ".join(missing)}: it is the result of another script')
+    return records
+
+
+def check_same(records: dict[Path, dict[str, Any]], names: Iterable[str], within: str = '') -> None:
+    """Check that results which stand in one table may be compared.
+
+    Args:
+        records: By file.
+        names: What must be the same in all of them that know it.
+        within: Where in a record it stands.
+
+    Raises:
+        ValueError: For one that differs from the first.
+    """
+    for name in names:
+        known = {path: (record[within] if within else record).get(name) for path, record in records.items()}
+        known = {path: value for path, value in known.items() if value is not None}
+        for path, value in known.items():
+            first = next(iter(known))
+            if value != known[first]:
+                raise ValueError(
+                    f'{path} is of a run with {name}={value}, {first} with {name}={known[first]}; use the same '
+                    'settings and images, or another --out'
+                )
+
+
+@contextmanager
+def told(parser: argparse.ArgumentParser, folder: Path | None = None) -> Iterator[None]:
+    """Inside it, what the user can mend ends the script with one sentence, and no traceback.
+
+    Args:
+        parser: Of the script.
+        folder: Where the script will write; it is made, and it must take files before hours of work begin.
+    """
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        yield
+    except (ValueError, OSError) as error:
+        parser.error(str(error))

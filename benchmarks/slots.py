@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 from loop import sample_folder
+from record import told
 from torch.utils.data import DataLoader
 
 from timm_ait import BlockReport, format_report, memory_report
@@ -21,9 +22,9 @@ from timm_ait.visualize import load_model
 
 
 @torch.no_grad()
-def watch(model: Any, writes: int, batch_size: int = 32) -> dict[int, BlockReport]:
+def watch(model: Any, writes: int) -> dict[int, BlockReport]:
     """Write random images. Return a report on the first block by the number of writes."""
-    size = (batch_size, model.in_chans, *model.patch_embed.img_size)
+    size = (32, model.in_chans, *model.patch_embed.img_size)
     seen = {}
     for i in range(writes + 1):
         if str(i).strip('0') in ('', '1', '3') or i == writes:
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--images', type=int, default=1000, help='number of images, spread evenly over the folder')
     parser.add_argument('--writes', type=int, help='write so many batches to an untrained memory instead')
     args = parser.parse_args(argv)
+    if args.writes is not None and args.writes < 1:
+        parser.error(f'--writes must be at least 1, got {args.writes}')
     if args.writes:
         torch.manual_seed(0)
         seen = watch(timm.create_model(args.model).train(), args.writes)
@@ -49,9 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.folder is None:
         parser.error('give a folder of images, or --writes')
-    model = load_model(args.model, args.checkpoint).eval()
-    images = DataLoader(sample_folder(args.folder, model, args.images), batch_size=100)
-    print(format_report(memory_report(model, images)))
+    with told(parser):
+        model = load_model(args.model, args.checkpoint).eval()
+        images = DataLoader(sample_folder(args.folder, model, args.images), batch_size=100)
+        print(format_report(memory_report(model, images)))
 
 
 if __name__ == '__main__':

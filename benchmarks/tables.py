@@ -24,8 +24,8 @@ from typing import Any
 import ablations
 import baselines
 import torch
-from loop import Data, Settings, evaluate, fit, load
-from record import write_record
+from loop import Data, Settings, checksum, evaluate, fit, load
+from record import check_same, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_gains, gains, interval, run_each, top1_of
 from timm.optim import list_optimizers
 from torch import nn
@@ -41,7 +41,10 @@ def load_cifar10(args: argparse.Namespace, split: str, size: int) -> Data:
     """Read JPEG files into memory: uint8 (N, 3, 32, 32) and labels (N,), equally many of each class."""
     if args.data is None:
         raise ValueError('cifar10 needs a folder of images, with train/<class>/* and test/<class>/* in it')
-    return load(args.data / split, 0, max(size // 10, 1))
+    images, labels = load(args.data / split, 0, max(size // 10, 1))
+    if len(labels.unique()) != 10:
+        raise ValueError(f'cifar10 has ten classes, got {len(labels.unique())} in {args.data / split}')
+    return images, labels
 
 
 def draw_scenes(args: argparse.Namespace, split: str, size: int) -> Data:
@@ -101,6 +104,7 @@ SETTINGS = (
     *('table', 'train', 'test', 'width', 'depth', 'mlp_ratio', 'head', 'pos_embed'),
     *('batch_size', 'lr', 'weight_decay', 'bfloat16'),
 )
+RESULT = ('row', 'seed', 'top1', 'parameters', 'arguments')
 WHERE_GIVEN = ('heads', 'opt', 'turn')  # later settings, which do not rename the results that came before them
 OF_ONE_TABLE = {'sort_of_clevr': ('questions',), 'recall': ('grid', 'pairs', 'joined')}
 
@@ -186,11 +190,22 @@ def run(row: str, seed: int, args: argparse.Namespace, data: dict[str, Data], de
 
 
 def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
-    """Results by their settings, as text, then by row, then by seed."""
+    """Results by their settings, as text, then by row, then by seed.
+
+    Raises:
+        ValueError: For a file that is no result, and for results of one table that are of other images.
+    """
     found: dict[str, dict[str, dict[int, Any]]] = {}
-    for path in sorted(folder.glob('*.json')):
-        record = json.loads(path.read_text())
-        arguments = {name: value for name, value in record['arguments'].items() if value not in (None, False)}
+    tables: dict[str, dict[Path, Any]] = {}
+    records = read_records(folder, RESULT)
+    for path, record in records.items():
+        tables.setdefault(digest(record['arguments']), {})[path] = record
+    for table in tables.values():
+        check_same(table, ['data'])
+    for record in records.values():
+        arguments = {
+            key: value for key, value in record['arguments'].items() if value is not None and value is not False
+        }
         settings = ', '.join(f'{name} {value}' for name, value in arguments.items() if name != 'table')
         found.setdefault(f'{arguments["table"]}: {settings}', {}).setdefault(record['row'], {})[record['seed']] = record
     return {key: dict(sorted(rows.items(), key=lambda item: ROWS.index(item[0]))) for key, rows in found.items()}
@@ -282,7 +297,15 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
 
 
 def complete(args: argparse.Namespace, argv: list[str] | None, script: str = 'tables.py') -> argparse.Namespace:
-    """Fill in what the table decides, and the command that was given."""
+    """Fill in what the table decides, and the command that was given.
+
+    Raises:
+        ValueError: For arguments that do not go together.
+    """
+    if args.heads is not None and (args.width is None or args.heads < 1 or args.width % args.heads):
+        raise ValueError('give --heads, at least 1, together with --width, which it must divide')
+    if args.turn and (args.table != 'sort_of_clevr' or args.questions != 'binary'):
+        raise ValueError('--turn is for sort_of_clevr --questions binary: other answers change as the scene turns')
     task = TASKS[args.table]
     defaults = dict(batch_size=task.batch_size, pos_embed=task.pos_embed, head=task.head)
     for name, value in {**defaults, 'train': task.sizes[0], 'test': task.sizes[1]}.items():
@@ -298,18 +321,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run what has no result yet, seed by seed; or show the results."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
-        if args.show is not None:
+    if args.show is not None:
+        with told(parser):
             return show(args.show)
-        if args.table is None:
-            parser.error('give a table, or --show')
-        if args.heads is not None and (args.width is None or args.heads < 1 or args.width % args.heads):
-            parser.error('give --heads, at least 1, together with --width, which it must divide')
-        if args.turn and (args.table != 'sort_of_clevr' or args.questions != 'binary'):
-            parser.error('--turn is for sort_of_clevr --questions binary: other answers change as the scene turns')
+    if args.table is None:
+        parser.error('give a table, or --show')
+    with told(parser, args.out):
         run_all(complete(args, argv))
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -317,13 +335,16 @@ def run_all(args: argparse.Namespace) -> None:
     start = time.monotonic()
     deadline = None if args.minutes is None else start + 60 * args.minutes
     torch.set_num_threads(args.threads)
-    todo = [(row, seed) for seed in args.seeds for row in args.rows]
-    todo = [(row, seed) for row, seed in todo if not (args.out / f'{title(args, row, seed)}.json').exists()]
+    there = read_records(args.out, RESULT, f'{args.table}-*-{digest(settings_of(args))}.json')
+    done = {path.stem for path in there}
+    todo = [(row, seed) for seed in dict.fromkeys(args.seeds) for row in dict.fromkeys(args.rows)]
+    todo = [(row, seed) for row, seed in todo if title(args, row, seed) not in done]
     if not todo:
         print(f'all is there; python benchmarks/tables.py --show {args.out} prints it')
         return
     make = partial(TASKS[args.table].data, args)
     data = {'train': make('train', args.train), 'test': make('test', args.test)}
+    check_same({Path('this run'): {'data': checksum(data['train'])}, **there}, ['data'])
     run_each(todo, lambda row, seed: run(row, seed, args, data, deadline))
 
 

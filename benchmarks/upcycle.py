@@ -21,7 +21,7 @@ import timm
 import torch
 from loop import Settings, evaluate, fit, load
 from memory import IMAGE
-from record import write_record
+from record import told, write_record
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def compare(first: Images, second: Images, test: Images, args: argparse.Namespac
     )
     torch.manual_seed(0)
     vit = timm.create_model(STARTS['vit'][0], **SHAPE)
-    fit(vit, first, pretrain, args.out / 'checkpoints' / 'vit.pt', name='ViT')
+    fit(vit, first, pretrain, args.out / 'upcycle' / 'vit.pt', name='ViT')
     results: dict[str, Any] = {'vit': evaluate(vit, test, pretrain), 'finetuned': {name: [] for name in STARTS}}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, 'vit.safetensors')
@@ -58,7 +58,7 @@ def compare(first: Images, second: Images, test: Images, args: argparse.Namespac
                 model = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, **SHAPE, **memory)
                 if seed == 1:
                     results[f'{name} at the start'] = evaluate(model, test, finetune)
-                checkpoint = args.out / 'checkpoints' / f'{name}-{seed}.pt'
+                checkpoint = args.out / 'upcycle' / f'{name}-{seed}.pt'
                 fit(model, second, replace(finetune, seed=seed), checkpoint, name=f'{name}, seed {seed}')
                 results['finetuned'][name].append(evaluate(model, test, finetune))
     return results
@@ -77,6 +77,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f'--seeds must be at least 1, got {args.seeds}')
+    with told(parser, args.out):
+        run_all(args)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Read the images, compare, and write the result before the checkpoints go."""
     torch.set_num_threads(args.threads)
     start = time.monotonic()
     first = load(args.data / 'train', 0, args.pretrain_images)
@@ -87,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f'{name}: {statistics.mean(values):.2f} % ({", ".join(f"{x:.2f}" for x in values)})')
     arguments = {key: value for key, value in vars(args).items() if key != 'data'}
     write_record(args.out / 'upcycle.json', arguments, {**results, 'seconds': round(time.monotonic() - start)})
-    shutil.rmtree(args.out / 'checkpoints')
+    shutil.rmtree(args.out / 'upcycle')
 
 
 if __name__ == '__main__':

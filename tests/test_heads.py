@@ -61,6 +61,16 @@ def test_a_model_without_attention_or_an_empty_folder_is_named() -> None:
         heads.head_shares(timm.create_model('test_ait'), [])
 
 
+def test_an_unknown_model_or_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (['--model', 'no_such'], 'timm has no model no_such'),
+        (['--model', 'test_ait'], 'No such file'),
+    ):
+        with pytest.raises(SystemExit):
+            heads.main([str(tmp_path / 'nowhere'), *arguments, '--output', str(tmp_path / 'heads.png')])
+        assert message in capsys.readouterr().err
+
+
 def test_it_prints_a_row_a_layer_and_draws_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for label in 'ab':
         (tmp_path / label).mkdir()

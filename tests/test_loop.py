@@ -141,6 +141,16 @@ def test_a_killed_save_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_damaged_checkpoint_or_one_of_other_images_is_refused(tmp_path: Path) -> None:
+    path, settings, (pixels, labels) = tmp_path / 'run.pt', Settings(lr=0.01, batch_size=BATCH), images()
+    fit(make_linear(), (pixels, labels), settings, path)
+    with pytest.raises(ValueError, match='is of a run with data='):
+        fit(make_linear(), (pixels.flip(-1), labels), settings, path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r'run\.pt is damaged; remove it'):
+        fit(make_linear(), (pixels, labels), settings, path)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     fit(make_linear(), images(), Settings(lr=0.01, batch_size=BATCH), tmp_path / 'run.pt')
     with pytest.raises(ValueError, match=r'run\.pt is of a run with lr=0\.01, seed=0; use the same settings or remove'):

@@ -135,7 +135,17 @@ def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     with pytest.raises(SystemExit):
         memory.main([*args, '--seeds', '1', '--lr', '0.1'])
-    assert 'is of a run with lr=0.001; use the same settings or another --out' in capsys.readouterr().err
+    assert 'is of a run with lr=0.001, this run with lr=0.1; use the same settings' in capsys.readouterr().err
+    image = next((tmp_path / 'train').glob('*/*.png'))
+    to_pil_image(torch.rand(3, 32, 32)).save(image)
+    with pytest.raises(SystemExit):
+        memory.main([*args, '--seeds', '3'])
+    assert 'of a run with data=' in capsys.readouterr().err
+    (out / 'none-alone-w16-d1-1.json').write_text(json.dumps(record | dict(arguments=record['arguments'] | dict(lr=7))))
+    with pytest.raises(ValueError, match='of a run with lr=7'):
+        memory.gather(out)
+    with pytest.raises(ValueError, match='expected results in'):
+        memory.gather(tmp_path)
 
 
 def test_the_published_table_is_that_of_the_results() -> None:

@@ -20,8 +20,10 @@ def test_the_script_prints_a_row_for_each_block_or_each_number_of_writes(
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(timm.create_model('test_ait').blocks)
     slots.main(['--writes', '3'])
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ['0', '1', '3']
-    with pytest.raises(SystemExit):
-        slots.main([])
+    for arguments in ([], ['--writes', '-3'], [str(tmp_path / 'nowhere')], [str(tmp_path), '--model', 'no_such']):
+        with pytest.raises(SystemExit):
+            slots.main(arguments)
+    assert 'error: ' in capsys.readouterr().err
 
 
 def test_a_checkpoint_may_have_another_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

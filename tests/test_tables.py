@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -154,7 +155,38 @@ def test_results_of_other_settings_never_mix(folder: Path, tmp_path: Path, capsy
     assert len(list(tmp_path.glob('*.png'))) == 2
 
 
+def test_results_of_other_images_never_mix(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ['cifar10', str(folder), *TOY, '--out', str(tmp_path), '--seeds', '1', '--rows']
+    tables.main([*command, 'ait', '--minutes', '0'])  # stops after a step
+    other = shutil.copytree(folder, tmp_path / 'other')
+    Image.new('RGB', (32, 32)).save(next((other / 'train').glob('*/*.jpg')))
+    with pytest.raises(SystemExit):
+        tables.main([command[0], str(other), *command[2:], 'ait'])
+    assert 'is of a run with data=' in capsys.readouterr().err
+    tables.main([*command, 'ait'])
+    with pytest.raises(SystemExit):
+        tables.main([command[0], str(other), *command[2:], 'vit_small'])
+    assert 'use the same settings and images' in capsys.readouterr().err
+
+
+def test_too_few_images_or_classes_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = shutil.copytree(folder, tmp_path / 'few')
+    for split in ('train', 'test'):
+        shutil.rmtree(sorted((few / split).iterdir())[0])
+    for data, arguments, message in (
+        (folder, ['--train', '5000'], 'images of each class of'),
+        (few, [], 'cifar10 has ten classes, got 9'),
+    ):
+        with pytest.raises(SystemExit):
+            tables.main(['cifar10', str(data), *TOY, *arguments, '--rows', 'ait', '--out', str(tmp_path / 'out')])
+        assert message in capsys.readouterr().err
+
+
 def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken, foreign = tmp_path / 'broken', tmp_path / 'foreign'
+    for path, text in ((broken, '{'), (foreign, '{"variant": "none"}')):
+        path.mkdir()
+        (path / f'{path.name}.json').write_text(text)
     wrong = {
         'give a table, or --show': [],
         'cifar10 needs a folder of images': ['cifar10'],
@@ -167,6 +199,11 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'for sort_of_clevr --questions binary': ['triangle', '--turn'],
         "invalid choice: 'no_such_optimizer'": ['triangle', '--opt', 'no_such_optimizer'],
         'lower batch_size': ['triangle', *TOY, '--batch-size', '21'],
+        'steps must be at least 1, got 0': ['triangle', *TOY, '--steps', '0'],
+        'batch_size must be at least 1, got 0': ['triangle', *TOY, '--batch-size', '0'],
+        'No such file or directory': ['cifar10', str(tmp_path / 'nowhere'), *TOY],
+        'broken.json is no JSON': ['--show', str(broken)],
+        'holds no row, seed': ['--show', str(foreign)],
     }
     for message, arguments in wrong.items():
         with pytest.raises(SystemExit):
@@ -211,6 +248,22 @@ def test_only_our_logits_are_the_same_at_every_batch_size(
     first, *rows = capsys.readouterr().out.splitlines()
     assert first == '| batch size | 1 | 3 | 7 | 20 |'
     assert len(rows) == 5
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['sort_of_clevr', '--questions', 'all', '--turn'], 'other answers change as the scene turns'),
+        (['cifar10', '--weights', 'ait_tiny_conv4_32'], "got write_rule='distinct'"),
+        (['cifar10', '--weights', 'no_such_model'], 'expected the name of a model'),
+    ],
+)
+def test_what_has_no_authors_way_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        batch_sizes.main([*arguments, '--out', str(tmp_path)])
+    assert message in capsys.readouterr().err
 
 
 def test_the_accuracy_of_packaged_weights_is_the_same_at_every_batch_size(folder: Path, tmp_path: Path) -> None:

@@ -212,14 +212,18 @@ def test_the_comparison_with_the_vit_records_all_and_goes_on_after_a_stop(
     run = partial(
         upcycle.main, [str(tmp_path), '--epochs', '1', '1', '--threads', '1', *args, '--out', str(tmp_path / 'out')]
     )
+    tables_checkpoint = tmp_path / 'out' / 'checkpoints' / 'cifar10-ait-1.pt'
+    tables_checkpoint.parent.mkdir(parents=True)
+    tables_checkpoint.touch()
     run()
     record = json.loads((tmp_path / 'out' / 'upcycle.json').read_text())
-    assert not (tmp_path / 'out' / 'checkpoints').exists()
+    assert not (tmp_path / 'out' / 'upcycle').exists()
+    assert tables_checkpoint.exists()
     with monkeypatch.context() as patch:
         patch.setattr(upcycle, 'evaluate', Mock(side_effect=[0.0, 0.0, 0.0, KeyboardInterrupt]))
         with pytest.raises(KeyboardInterrupt):
             run()
-    assert {path.stem for path in (tmp_path / 'out' / 'checkpoints').iterdir()} == {'vit', 'vit-1'}
+    assert {path.stem for path in (tmp_path / 'out' / 'upcycle').iterdir()} == {'vit', 'vit-1'}
     run()
     assert json.loads((tmp_path / 'out' / 'upcycle.json').read_text())['finetuned'] == record['finetuned']
     assert {record[f'{name} at the start'] for name in upcycle.STARTS} == {record['vit']}  # what the ViT computes
