@@ -59,7 +59,8 @@ def draw_triangles(args: argparse.Namespace, split: str, size: int) -> Data:
 
 def draw_recall(args: argparse.Namespace, split: str, size: int) -> Data:
     """Pairs of keys and values among patches of 4x4."""
-    return AssociativeRecall(split, size, grid=args.grid, num_pairs=args.pairs, joined=args.joined)
+    keys = max(args.pairs, 32)  # no key occurs twice
+    return AssociativeRecall(split, size, grid=args.grid, num_pairs=args.pairs, num_keys=keys, joined=args.joined)
 
 
 @dataclass(frozen=True)

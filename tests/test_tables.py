@@ -82,6 +82,7 @@ def test_cifar10_runs_resumes_and_is_shown(
         ['triangle', '--steps', '3'],
         ['recall', '--grid', '4', '--pairs', '2'],
         ['recall', '--grid', '4', '--pairs', '15', '--joined'],
+        ['recall', '--grid', '7', '--pairs', '48', '--joined'],
     ],
     ids=' '.join,
 )
