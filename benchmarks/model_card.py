@@ -217,8 +217,8 @@ def _results(facts: list[dict[str, Any]]) -> str:
     rows += [f'| `{fact["weights"]}` | {fact["data"]} | {fact["metric"]} | {fact["value"]} |' for fact in facts]
     origins = [
         f'- `{fact["weights"]}`, {fact["metric"]}: `{fact["command"]}`'
-        + (f', trained by `{fact["training"]}`' if 'training' in fact else '')
-        + f', at commit `{fact["commit"]}`, seed {fact["seed"]}, {fact["machine"]}'
+        + (f', trained by `{fact["training"]}`,' if 'training' in fact else '')
+        + f' at commit `{fact["commit"]}`, seed {fact["seed"]}, {fact["machine"]}'
         for fact in facts
     ]
     return '\n'.join([*rows, '', 'How each was measured:', '', *origins])

@@ -131,7 +131,7 @@ def test_the_version_names_no_commit_of_a_project_around_the_package(
 def test_an_export_that_fails_leaves_no_files(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(hub, 'write_card', full)

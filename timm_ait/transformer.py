@@ -143,8 +143,10 @@ class AttentionFreeBlock(AssociativeBlock):
 
     def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """``x``: (B, N, E) -> (B, N, E)."""
-        is_traced = isinstance(attn_mask, torch.fx.Proxy)  # by torch.fx, which makes proxies of arguments left out too
-        if not is_traced and (attn_mask is not None or is_causal):
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if isinstance(attn_mask, torch.fx.Proxy):  # torch.fx makes proxies of arguments that are left out too
+                return x
+        if attn_mask is not None or is_causal:
             raise ValueError('blocks without self-attention take no mask; leave out attn_mask and is_causal')
         return x
 
