@@ -196,20 +196,20 @@ def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
     Raises:
         ValueError: For a file that is no result, and for results of one table that are of other images.
     """
-    found: dict[str, dict[str, dict[int, Any]]] = {}
     tables: dict[str, dict[Path, Any]] = {}
-    records = read_records(folder, RESULT)
-    for path, record in records.items():
-        tables.setdefault(digest(record['arguments']), {})[path] = record
-    for table in tables.values():
-        check_same(table, ['data'])
-    for record in records.values():
+    for path, record in read_records(folder, RESULT).items():
         arguments = {
             key: value for key, value in record['arguments'].items() if value is not None and value is not False
         }
         settings = ', '.join(f'{name} {value}' for name, value in arguments.items() if name != 'table')
-        found.setdefault(f'{arguments["table"]}: {settings}', {}).setdefault(record['row'], {})[record['seed']] = record
-    return {key: dict(sorted(rows.items(), key=lambda item: ROWS.index(item[0]))) for key, rows in found.items()}
+        tables.setdefault(f'{arguments["table"]}: {settings}', {})[path] = record
+    found: dict[str, dict[str, dict[int, Any]]] = {}
+    for heading, records in tables.items():
+        check_same(records, ['data'])
+        rows = found[heading] = {}
+        for record in sorted(records.values(), key=lambda record: ROWS.index(record['row'])):
+            rows.setdefault(record['row'], {})[record['seed']] = record
+    return found
 
 
 def mean_and_interval(seeds: dict[int, Any]) -> tuple[float, float]:
