@@ -106,8 +106,13 @@ SETTINGS = (
     *('batch_size', 'lr', 'weight_decay', 'bfloat16'),
 )
 RESULT = ('row', 'seed', 'top1', 'parameters', 'arguments')
-WHERE_GIVEN = ('heads', 'opt', 'turn')  # later settings, which do not rename the results that came before them
+WHERE_GIVEN = ('heads', 'num_slots', 'opt', 'turn')  # later settings: results without them keep their names
 OF_ONE_TABLE = {'sort_of_clevr': ('questions',), 'recall': ('grid', 'pairs', 'joined')}
+
+
+def has_slots(row: str) -> bool:
+    """Whether a model has slots, induced points, latents or registers."""
+    return row in ablations.NAMES or 'num_slots' in baselines.CATALOGUE[row][1]
 
 
 def create(row: str, args: argparse.Namespace) -> nn.Module:
@@ -116,6 +121,8 @@ def create(row: str, args: argparse.Namespace) -> nn.Module:
     sizes: dict[str, Any] = dict(embed_dim=args.width, depth=args.depth, mlp_ratio=args.mlp_ratio)
     if args.width is not None:
         sizes['num_heads'] = args.heads or max(args.width // 64, 1)  # of the paper's width
+    if has_slots(row):
+        sizes['num_slots'] = args.num_slots
     if row in ('coordination', 'coordination_h'):
         sizes['top_k'] = task.top_k
     make = ablations.create if row in ablations.NAMES else baselines.create
@@ -281,6 +288,7 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument('--depth', type=int)
     parser.add_argument('--mlp-ratio', type=float)
     parser.add_argument('--heads', type=int, help='of self-attention, with --width; by default one for 64 of it')
+    parser.add_argument('--num-slots', type=int, help="of the memory; by default each row's own")
     parser.add_argument('--head', choices=ablations.HEADS, help="what the classifier reads; the table's own by default")
     parser.add_argument('--pos-embed', action=argparse.BooleanOptionalAction, help='whether tokens have positions')
     parser.add_argument('--epochs', type=int, default=10)
@@ -305,6 +313,11 @@ def complete(args: argparse.Namespace, argv: list[str] | None, script: str = 'ta
     """
     if args.heads is not None and (args.width is None or args.heads < 1 or args.width % args.heads):
         raise ValueError('give --heads, at least 1, together with --width, which it must divide')
+    if args.num_slots is not None:
+        without = [row for row in args.rows if not has_slots(row)]
+        if args.num_slots < 1 or without:
+            got = f'{", ".join(without)}, without slots' if without else args.num_slots
+            raise ValueError(f'--num-slots must be at least 1, for --rows that have slots; got {got}')
     if args.turn and (args.table != 'sort_of_clevr' or args.questions != 'binary'):
         raise ValueError('--turn is for sort_of_clevr --questions binary: other answers change as the scene turns')
     task = TASKS[args.table]

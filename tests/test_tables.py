@@ -196,6 +196,8 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'together with --width': ['triangle', '--heads', '4'],
         'give --heads, at least 1': ['triangle', '--width', '64', '--heads', '0'],
         'which it must divide': ['triangle', '--width', '64', '--heads', '3'],
+        'got vit_small, without slots': ['triangle', '--rows', 'vit_small', '--num-slots', '8'],
+        'for --rows that have slots; got 0': ['triangle', '--rows', 'ait', '--num-slots', '0'],
         'other answers change': ['sort_of_clevr', '--questions', 'all', '--turn'],
         'for sort_of_clevr --questions binary': ['triangle', '--turn'],
         "invalid choice: 'no_such_optimizer'": ['triangle', '--opt', 'no_such_optimizer'],
@@ -296,10 +298,24 @@ def test_a_published_result_is_found_again_by_its_command() -> None:
 
 def test_the_number_of_heads_and_the_optimizer_make_another_run() -> None:
     def parse(*words: str) -> Any:
-        return tables.complete(tables.make_parser().parse_args(['recall', '--width', '64', *words]), [])
+        args = tables.make_parser().parse_args(['recall', '--rows', 'ait', '--width', '64', *words])
+        return tables.complete(args, [])
 
     with torch.device('meta'):
         heads = [tables.create('ait', args).blocks[0].attn.num_heads for args in (parse(), parse('--heads', '4'))]
     assert heads == [1, 4]
-    titles = {tables.title(parse(*words), 'ait', 1) for words in ((), ('--heads', '4'), ('--opt', 'muon'))}
-    assert len(titles) == 3
+    others = ((), ('--heads', '4'), ('--opt', 'muon'), ('--num-slots', '64'))
+    assert len({tables.title(parse(*words), 'ait', 1) for words in others}) == 4
+
+
+def test_the_number_of_slots_is_that_of_every_model_with_slots() -> None:
+    rows = [row for row in tables.ROWS if tables.has_slots(row)]
+    words = ['recall', '--grid', '2', '--width', '64', '--num-slots', '7', '--rows', *rows]
+    args = tables.complete(tables.make_parser().parse_args(words), words)
+    for row in rows:
+        with torch.device('meta'):
+            model = tables.create(row, args)
+        names = ('memory', 'first_slots', 'points', 'latents', 'registers')
+        slots = [x for name, x in (*model.named_parameters(), *model.named_buffers()) if name.endswith(names)]
+        assert slots, row
+        assert all(7 in x.shape for x in slots), row
