@@ -33,8 +33,8 @@ BODY = """# Associative Transformers for timm
 
 Vision Transformers with a small memory in each block. The tokens of the whole batch compete to write into it through a
 bottleneck, and every token reads it by Hopfield retrieval. The paper is Sun, Ochiai, Wu, Lin, Kanai, *Associative
-Transformer*, CVPR 2025, [arXiv:2309.12862](https://arxiv.org/abs/2309.12862). This card is for all models of the
-package.
+Transformer*, CVPR 2025, [arXiv:2309.12862](https://arxiv.org/abs/2309.12862). This card is for the models that classify
+images. Those that take a question beside the image (`*_relational*`) have no weights.
 
 ## Models
 
@@ -78,15 +78,17 @@ To fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_ba
 
 ## What to know before use
 
-- In training mode a forward pass writes the memory. In evaluation it does not, or, with `write_scope='image'`, an image
-  writes a copy of its own. So the logits of an image do not depend on the other images of its batch.
+- In training mode a forward pass writes the memory. In evaluation the memory stays as it is. With `write_scope='image'`
+  each image then writes into its own copy. So the logits of an image do not depend on the other images of its batch.
 - The memory is a running average over training images, and a part of the weights. If the images are private, treat the
   memory as private too.
-- **The slots of a memory become alike.** The write, as published, pulls all of them to one point. In an untrained
-  `ait_small_patch4_32` the mean cosine between two slots is 0.75 after 10 batches and 1.0000 after 100
-  (`python benchmarks/slots.py --writes 100 --model ait_small_patch4_32`). In `test_ait.cifar10` it is the same. The
-  retrieval then adds the same vector to every token: a bias. `write_rule='distinct'` keeps them apart. Do not say that
+- **The slots of a memory become alike.** The write, as published, makes them so; in some models they become one point.
+  In an untrained `ait_small_patch4_32` the mean cosine between two slots is 0.75 after 10 batches and 1.0000 after 100
+  (`python benchmarks/slots.py --writes 100 --model ait_small_patch4_32`). In `test_ait.cifar10` they are one point too:
+  the retrieval adds the same vector to every token, a bias. `write_rule='distinct'` keeps them apart. Do not say that
   an accuracy comes from the memory unless `slots.py` and a control without memory show it.
+- A memory was shown to gain accuracy only without self-attention: `attention=False, write_rule='additive',
+  write_scope='image'`. No weights of such a model are published.
 - The models are for image classification and for features of images. Fairness, robustness to attacks, and images unlike
   the training data were not measured.
 
@@ -231,6 +233,9 @@ def _comparison() -> str:
         compared = {row: seeds for row, seeds in rows.items() if row in COMPARED}
         if heading.startswith('cifar10') and 'ait' in compared and len(compared) > 1:
             parts.append(f'Trained from scratch, {heading}:\n\n{tables.format_table(compared)}')
+    if parts:
+        note = '`vit_small` is a ViT of the width and depth above. A difference whose interval holds zero is not shown.'
+        parts.append(note)
     return '\n\n'.join(parts)
 
 

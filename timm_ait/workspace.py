@@ -87,12 +87,12 @@ class GlobalWorkspace(nn.Module):
             at all.
         write_grad: Whether the task's gradient reaches the write through this batch's retrieval. Parameters that can
             get no gradient are frozen.
-        write_rule: 'published' is the paper's rule, which pulls all slots to one point. 'distinct' removes from each
-            write what all slots read alike, writes rows of unit length, so that ``memory_decay`` is the rate that it
-            says, starts from orthogonal slots and turns them back towards orthogonal ones after each write, and learns
-            a gain (E,) on the retrieval that starts at 1. 'additive' is for ``write_scope='image'`` alone: slots score
-            tokens with logits of unit variance from the start, and a copy is ``gamma + W_O heads``, of any length. It
-            has orthogonal slots, which stay as they are, and the gain.
+        write_rule: 'published' is the paper's rule, which makes the slots alike, often one point. 'distinct' removes
+            from each write what all slots read alike, writes rows of unit length, so that ``memory_decay`` is the rate
+            that it says, starts from orthogonal slots and turns them back towards orthogonal ones after each write, and
+            learns a gain (E,) on the retrieval that starts at 1. 'additive' is for ``write_scope='image'`` alone: slots
+            score tokens with logits of unit variance from the start, and a copy is ``gamma + W_O heads``, of any
+            length. It has orthogonal slots, which stay as they are, and the gain.
         write_scope: 'batch' as in the paper: the tokens of the batch write into one memory, and evaluation reads what
             training has written. 'image': every image writes its own tokens into a copy of the memory and reads the
             copy, in evaluation too. The memory itself starts every copy, and moves by their mean.
