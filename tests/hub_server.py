@@ -27,6 +27,7 @@ class LoopbackHub:
             accepted but not stored).
         broken: Pattern of 'METHOD path' -> the status that such a request is answered with; 0 closes the connection
             in the middle of it; a negative number is that many seconds of silence.
+        created: What each request for a new repository asked for.
         collections: 'org/name-number' -> names of repositories.
         requests: Method and path of every request.
         tokens: Authorization headers of all requests.
@@ -36,6 +37,7 @@ class LoopbackHub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.faults: dict[str, str] = {}
         self.broken: dict[str, int] = {}
+        self.created: list[dict[str, Any]] = []
         self.collections: dict[str, list[str]] = {}
         self.requests: list[str] = []
         self.tokens: set[str] = set()
@@ -221,6 +223,7 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, asked: dict[str, Any]) -> None:
         repo = f'{asked["organization"]}/{asked["name"]}'
         self.hub.repos.setdefault(repo, {})
+        self.hub.created.append(asked)
         self.answer_json({'url': f'{self.hub.url}/{repo}'})
 
     def create_collection(self, asked: dict[str, Any]) -> None:

@@ -150,6 +150,12 @@ def test_a_size_that_the_convolutional_stem_does_not_divide_is_refused() -> None
         timm.create_model('ait_tiny_conv4_32', img_size=33)
 
 
+def test_the_convolutional_stem_has_channels_and_size_of_the_config() -> None:
+    model = timm.create_model('ait_tiny_conv4_32', pretrained_cfg_overlay=dict(input_size=(1, 64, 48)))
+    assert model.patch_embed.grid_size == (16, 12)
+    assert model(torch.randn(2, 1, 64, 48)).shape == (2, 10)
+
+
 @LAYOUTS
 @pytest.mark.parametrize('shape', [(2, 1, SIDE, SIDE), (2, 4, SIDE, SIDE), (3, SIDE, SIDE)], ids=str)
 def test_images_of_other_channels_are_refused_with_the_remedy(layout: str, shape: tuple[int, ...]) -> None:

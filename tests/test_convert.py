@@ -234,6 +234,39 @@ def test_an_oblong_grid_of_positions_is_refused_with_what_to_do() -> None:
     assert_equal(checkpoint_filter_fn(oblong.state_dict(), square), oblong.state_dict())
 
 
+@pytest.mark.parametrize('size', [(14, 56), (56, 14)])
+def test_positions_keep_their_places_in_a_grid_of_as_many_patches(size: tuple[int, int]) -> None:
+    saved, model = make_model('ait_small', img_size=(28, 28)), make_model('ait_small', img_size=size)
+    model.pretrained_cfg['input_size'] = (3, 28, 28)
+    state_dict = saved.state_dict()
+    state_dict['pos_embed'][:, 1:] = torch.arange(16).view(1, 16, 1)  # 0, 4, 8, 12 begin the rows
+    rows, columns = model.patch_embed.grid_size
+    places = checkpoint_filter_fn(state_dict, model)['pos_embed'][0, 1:, 0].view(rows, columns)
+    assert places.diff(dim=1).mean() * columns == pytest.approx(4, rel=0.2)  # from left to right
+    assert places.diff(dim=0).mean() * rows == pytest.approx(16, rel=0.2)  # and down
+
+
+def test_a_classifier_over_all_tokens_is_refused_for_a_grid_of_as_many_tokens() -> None:
+    with pytest.raises(ValueError, match=r'reads a grid of \(8, 8\) tokens, and the model has \(4, 16\)'):
+        timm.create_model('test_ait', pretrained=True, img_size=(16, 64))
+    model = timm.create_model('test_ait', pretrained=True)
+    with pytest.raises(ValueError, match=r'reads a grid of \(8, 8\) flattened tokens, .* gives \(4, 16\)'):
+        model.set_input_size((16, 64))
+    assert timm.create_model('test_ait', pretrained=True, img_size=(16, 64), num_classes=3).num_classes == 3
+
+
+def test_a_checkpoint_of_parameters_alone_is_refused() -> None:
+    model = make_model()
+    parameters = {key: value.detach() for key, value in model.named_parameters()}
+    with pytest.raises(ValueError, match=r'missing keys blocks.0.mlp.memory, .*the memory is a buffer'):
+        checkpoint_filter_fn(parameters, model)
+
+
+def test_a_file_of_the_authors_with_other_patches_is_told_so() -> None:
+    with pytest.raises(ValueError, match=r'patches of \d+ numbers, no multiple of \(11, 11\) pixels; create the model'):
+        convert_authors(as_authors(make_model()), (11, 11))
+
+
 @pytest.mark.parametrize('key', ['blocks.0.ls1.gamma', 'dist_token', 'blocks.0.mlp.fc3.weight', 'norm_pre.weight'])
 def test_a_vit_key_that_the_model_does_not_have_is_named(key: str) -> None:
     state_dict = {**make_vit().state_dict(), key: torch.zeros(E)}

@@ -11,9 +11,11 @@ import timm
 import torch
 import yaml
 from hub_child import Child
-from hub_models import make_model, save, sha256
+from hub_models import ARGS, make_model, save, sha256
 from hub_server import LoopbackHub
+from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import save_file
 from test_docs import blocks_of
 
 from timm_ait import hub
@@ -60,8 +62,6 @@ def export(folder: Path, **kwargs: Any) -> str:
 def test_every_block_of_a_card_runs_as_it_stands_and_makes_the_shapes_that_it_says(
     kwargs: dict[str, Any], parts: int, served: LoopbackHub, child: Child, tmp_path: Path
 ) -> None:
-    if 'in_chans' in kwargs and not hasattr(timm.models, 'get_model_args'):
-        pytest.skip('timm before 1.0.31 keeps the means of three channels')
     card = export(tmp_path, **kwargs)
     assert len(blocks_of(card)) == card.count('```python') == parts
     files = {path.name: path.read_bytes() for path in (tmp_path / NAME).iterdir()}
@@ -101,6 +101,25 @@ def test_the_recipe_is_a_file_of_its_own_without_what_is_private(checkpoint: Pat
     for private in ('somebody', 'mine'):
         assert private not in text
     assert not (hub.export(folder / 'model.safetensors', tmp_path / 'again') / 'args.yaml').exists()
+
+
+def test_the_recipe_of_a_model_that_began_in_a_folder_names_the_model_and_no_path(tmp_path: Path) -> None:
+    model = make_model(global_pool='avg', in_chans=1)
+    timm.models.save_for_hf(model, str(tmp_path / 'start'), safe_serialization=True)
+    run = dict(model=f'local-dir:{tmp_path / "start"}', opt='adamw', gp='avg', in_chans=1, decay_rate=0.5)
+    torch.save({'state_dict': model.state_dict(), 'args': run}, tmp_path / 'last.pth.tar')
+    folder = hub.export(tmp_path / 'last.pth.tar', tmp_path / NAME)
+    recipe = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert recipe == {**run, 'model': 'test_ait'}
+    assert str(tmp_path) not in (folder / 'README.md').read_text()
+
+
+def test_a_model_without_classes_is_for_features(tmp_path: Path) -> None:
+    save_file(make_model(num_classes=0).state_dict(), tmp_path / 'model.safetensors')
+    hub.export(tmp_path / 'model.safetensors', tmp_path / NAME, 'test_ait', {**ARGS, 'num_classes': 0})
+    card = ModelCard.load(tmp_path / NAME / 'README.md')
+    assert card.data.pipeline_tag == 'image-feature-extraction'
+    assert '- **Type:** feature backbone\n' in card.text
 
 
 def test_the_card_has_the_hash_of_every_other_file(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from timm_ait import RelationalTransformer, hub
 from timm_ait.arguments import WORKSPACE_ARGS
 
-# timm before 1.0.31 writes the arguments that its caller gives, and does not know what was changed since.
-RECORDS = hasattr(timm.models, 'get_model_args')
-
 Change = Callable[[nn.Module], Any]
 VIT: dict[str, Any] = dict(class_token=True, pos_embed='learn', global_pool='token', final_norm=True)
 PLAIN: dict[str, Any] = dict(model_name='ait_small', img_size=32, patch_size=8)  # its stem takes other patch sizes
@@ -44,6 +41,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     'retrieval scale': (dict(retrieval_scale=0.0),),
     'depth': (dict(depth=3, mlp_ratio=3.0, qkv_bias=True, qk_norm=True, init_values=0.1),),
     'channels': (dict(in_chans=1),),
+    'two channels': (dict(in_chans=2),),
+    'four channels': (dict(in_chans=4),),
     'image': (dict(img_size=(16, 24)),),
     'patch': (dict(patch_size=8),),
     'tokens': (dict(VIT, reg_tokens=2, no_embed_class=True),),
@@ -98,15 +97,6 @@ def make_changed(case: str) -> nn.Module:
     return model.eval()
 
 
-def given_args(case: str) -> dict[str, Any] | None:
-    kwargs, *changes = CASES[case]
-    if not RECORDS and (changes or 'in_chans' in kwargs):
-        pytest.skip('this timm stores neither what is changed after creation nor the means of other channels')
-    args = {**ARGS, **kwargs}
-    args.pop('model_name', None)
-    return None if RECORDS else args
-
-
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     image = torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(3))
@@ -128,30 +118,29 @@ def assert_same_model(loaded: nn.Module, model: nn.Module) -> None:
         assert getattr(loaded, name) == getattr(model, name), name
     for name in WORKSPACE_ARGS:
         assert getattr(loaded.blocks[-1].mlp, name) == getattr(model.blocks[-1].mlp, name), name
-    if RECORDS and not model.dynamic_img_size:
+    if not model.dynamic_img_size:
         size = (model.in_chans, *model.patch_embed.img_size)
         assert tuple(resolve_model_data_config(loaded)['input_size']) == size
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_a_changed_model_is_saved_and_loaded_by_timm_and_by_export(case: str, tmp_path: Path) -> None:
-    model_args = given_args(case)
     model = make_changed(case)
-    save_for_hf(model, str(tmp_path / 'timm'), model_args=model_args, safe_serialization=True)
+    save_for_hf(model, str(tmp_path / 'timm'), safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{tmp_path / "timm"}', pretrained=True)
     assert_same_model(loaded, model)
-    save_for_hf(loaded, str(tmp_path / 'again'), model_args=model_args, safe_serialization=True)
+    save_for_hf(loaded, str(tmp_path / 'again'), safe_serialization=True)
     assert_same_model(timm.create_model(f'local-dir:{tmp_path / "again"}', pretrained=True), model)
     folder = hub.export(tmp_path / 'timm' / 'model.safetensors', tmp_path / 'test_ait.toy')
     assert_same_model(timm.create_model(f'local-dir:{folder}', pretrained=True), model)
 
 
-def push_changed(case: str, repo: str, model_args: dict[str, Any] | None) -> str:
+def push_changed(case: str, repo: str) -> str:
     """Push with timm. It runs in the child."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('HF_TOKEN', 'hf_onlyForThisTestOfLoopback')
         model = make_changed(case)
-        push_to_hf_hub(model, repo, model_args=model_args, safe_serialization=True)
+        push_to_hf_hub(model, repo, safe_serialization=True)
     return fingerprint(model)
 
 
@@ -160,5 +149,5 @@ def test_a_changed_model_is_pushed_by_timm_and_loads_from_the_hub(
     case: str, remote: LoopbackHub, child: Child, hub_cache: Path
 ) -> None:
     repo = f'me/test_ait.{len(case)}'
-    pushed = child(push_changed, case, repo, given_args(case))
+    pushed = child(push_changed, case, repo)
     assert child(load, f'hf-hub:{repo}', cache_dir=hub_cache)['fingerprint'] == pushed

@@ -26,6 +26,7 @@ def test_a_training_checkpoint_becomes_a_folder_that_loads_bit_for_bit(checkpoin
     results.write_text(json.dumps({'model': 'test_ait', 'top1': 70.5, 'top5': 97.25}))
     folder = hub.export(checkpoint, tmp_path / 'out' / 'test_ait.toy', results=results, dataset='CIFAR-10 (JPEG)')
     assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json', 'README.md', 'args.yaml'}
+    assert (folder / 'model.safetensors').stat().st_mode == (folder / 'config.json').stat().st_mode
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert fingerprint(loaded) == fingerprint(make_model(2))
     assert logits(loaded) == logits(make_model(2))
@@ -56,6 +57,7 @@ def test_the_weights_as_trained_and_half_precision_can_be_chosen(checkpoint: Pat
     assert torch.equal(loaded.head.weight, trained.head.weight.half().float())
     assert torch.equal(loaded.blocks[1].mlp.memory, trained.blocks[1].mlp.memory)
     stored = safetensors.torch.load_file(folder / 'model.safetensors')
+    assert '71.25' not in (folder / 'README.md').read_text()  # which train.py measured with the averaged weights
     memories = {'blocks.0.mlp.memory', 'blocks.1.mlp.memory'}
     assert {key for key, value in stored.items() if value.dtype != torch.float16} == memories
 
@@ -97,6 +99,54 @@ def test_a_damaged_config_beside_the_weights_is_named(tmp_path: Path) -> None:
         hub.read_checkpoint(tmp_path / 'model.safetensors')
 
 
+@pytest.mark.parametrize(('key', 'is_ema'), [('state_dict_ema', True), ('model_ema', True), ('state_dict_old', False)])
+def test_the_averaged_weights_are_those_that_timm_takes(key: str, is_ema: bool, tmp_path: Path) -> None:
+    content = {'state_dict': {'module.weight': torch.zeros(1)}, key: {'module.weight': torch.ones(1)}}
+    torch.save(content, tmp_path / 'model.pth')
+    read = hub.read_checkpoint(tmp_path / 'model.pth')
+    assert (read.state_dict['weight'].item(), read.is_ema) == (is_ema, is_ema)
+    torch.save({**content, key: None}, tmp_path / 'model.pth')
+    assert not hub.read_checkpoint(tmp_path / 'model.pth').is_ema
+
+
+def test_the_prefix_of_a_wrapper_is_taken_off_a_safetensors_file(tmp_path: Path) -> None:
+    model = make_model(2)
+    save_file({f'module.{key}': value for key, value in model.state_dict().items()}, tmp_path / 'model.safetensors')
+    folder = hub.export(tmp_path / 'model.safetensors', tmp_path / 'out', 'test_ait', ARGS)
+    assert fingerprint(timm.create_model(f'local-dir:{folder}', pretrained=True)) == fingerprint(model)
+
+
+def test_what_a_saved_folder_says_of_its_images_and_licence_is_kept(tmp_path: Path) -> None:
+    overlay = dict(license='cc-by-nc-4.0', crop_mode='squash', mean=(0.1, 0.2, 0.3), crop_pct=0.7)
+    model = make_model(pretrained_cfg_overlay=overlay)
+    timm.models.save_for_hf(model, str(tmp_path / 'saved'), safe_serialization=True)
+    config = json.loads((tmp_path / 'saved' / 'config.json').read_text())
+    config['model_args'].pop('img_size')
+    config['pretrained_cfg']['input_size'] = [3, 32, 32]
+    (tmp_path / 'saved' / 'config.json').write_text(json.dumps(config))
+    folder = hub.export(tmp_path / 'saved' / 'model.safetensors', tmp_path / 'test_ait.toy')
+    kept = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    assert {key: kept[key] for key in overlay} == {**overlay, 'mean': [0.1, 0.2, 0.3]}
+    assert kept['input_size'] == [3, 32, 32]
+    assert ModelCard.load(folder / 'README.md').data.license == 'cc-by-nc-4.0'
+
+
+def test_values_beyond_the_range_of_the_type_are_told(tmp_path: Path) -> None:
+    model = make_model()
+    model.head.weight.data.fill_(1e6)
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    with pytest.raises(ValueError, match=r'head.weight of .* beyond the range of float16; take bfloat16'):
+        hub.export(tmp_path / 'model.safetensors', tmp_path / 'out', 'test_ait', ARGS, dtype='float16')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('content', ['[]', '3'])
+def test_results_that_hold_nothing_are_named(content: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / 'results.json').write_text(content)
+    with pytest.raises(ValueError, match='json holds no results'):
+        hub.export(checkpoint, tmp_path / 'out', results=tmp_path / 'results.json')
+
+
 def test_a_checkpoint_may_hold_no_arguments(tmp_path: Path) -> None:
     torch.save({'model': {'weight': torch.zeros(1)}, 'args': None}, tmp_path / 'model.pth')
     assert hub.read_checkpoint(tmp_path / 'model.pth').args == {}
@@ -106,6 +156,17 @@ def test_a_config_of_another_library_beside_the_weights_says_nothing(tmp_path: P
     save_file({'weight': torch.zeros(1)}, tmp_path / 'model.safetensors')
     (tmp_path / 'config.json').write_text('{"model_type": "vit"}')
     assert hub.read_checkpoint(tmp_path / 'model.safetensors').args == {}
+
+
+def test_the_image_size_of_train_py_is_that_of_the_model(checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=False)
+    content['args'].input_size, content['args'].gp = [3, 16, 64], 'avg'
+    content['args'].model_kwargs['global_pool'] = 'avg'
+    model = timm.create_model('test_ait', global_pool='avg', img_size=(16, 64), **ARGS)
+    content['state_dict_ema'] = model.state_dict()
+    torch.save(content, checkpoint)
+    model, args = hub.build_model(hub.read_checkpoint(checkpoint), checkpoint, '', {})
+    assert (model.patch_embed.img_size, args['img_size']) == ((16, 64), [16, 64])
 
 
 def test_a_model_of_other_channels_is_no_model_of_this_checkpoint(checkpoint: Path) -> None:

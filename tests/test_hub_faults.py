@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from hub_child import Child, blobs, fingerprint, load
 from hub_models import ARGS, NAME, REPO, make_model, overlay, save
 from hub_server import LoopbackHub
@@ -147,8 +148,30 @@ def test_weights_with_another_hash_than_the_tag_are_refused(
     keys = overlay(remote)
     remote.repos[REPO] = save(make_model(seed=2), tmp_path / 'others')
     said = child.fails('test_ait', pretrained_cfg_overlay=keys, cache_dir=hub_cache, **ARGS)
-    assert f', but {keys["notes"][0][7:]} was published' in said
-    assert not blobs(hub_cache)
+    assert f', but {keys["notes"][0][7:]} was published: install a newer timm_ait' in said
+    assert len(blobs(hub_cache)) == 1  # it is whole, and may serve another version of this package
+
+
+@pytest.mark.parametrize('share', [0.0, 0.5])
+def test_a_broken_file_that_is_no_safetensors_is_named(share: float, tmp_path: Path) -> None:
+    path = tmp_path / 'model.pth'
+    torch.save(make_model().state_dict(), path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(WeightsError, match=r'model.pth is no whole checkpoint: download or copy it again'):
+        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **ARGS)
+
+
+def test_offline_a_damaged_file_of_the_cache_is_named_and_stays(
+    remote: LoopbackHub, child: Child, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = dict(ARGS, pretrained_cfg_overlay=overlay(remote), cache_dir=hub_cache)
+    child(load, 'test_ait', **args)
+    (blob,) = blobs(hub_cache)
+    blob.write_bytes(blob.read_bytes()[:-1])
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(WeightsError, match='HF_HUB_OFFLINE forbids to download it again'):
+        timm.create_model('test_ait', pretrained=True, **args)
+    assert len(blobs(hub_cache)) == 1
 
 
 def test_a_full_disk_names_the_folder_of_the_cache(remote: LoopbackHub, child: Child, hub_cache: Path) -> None:

@@ -30,7 +30,7 @@ def test_a_pushed_folder_loads_from_the_hub_bit_for_bit(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f'published: {served.url}/me/test_ait.mine' in done.stdout
-    assert f"**published('test_ait.toy', '{sha256((folder / 'model.safetensors').read_bytes())}')" in done.stdout
+    assert '**published(' not in done.stdout  # the catalogue lists what lies in the organisation of the package
     there = served.repos['me/test_ait.mine']
     assert set(there) == {'model.safetensors', 'config.json', 'README.md', 'args.yaml'}
     assert there['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
@@ -45,11 +45,50 @@ def test_a_pushed_folder_loads_from_the_hub_bit_for_bit(
     assert not [path for path in tmp_path.rglob('*') if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
-def push_with_token(folder: Path, repo_id: str) -> str:
+def push_with_token(folder: Path, repo_id: str, private: bool = False, cwd: Path | None = None) -> str:
     """Upload a folder. It runs in the child."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('HF_TOKEN', TOKEN)
-        return hub.push(folder, repo_id)
+        if cwd is not None:
+            patch.chdir(cwd)
+        return hub.push(folder, repo_id, private)
+
+
+@pytest.mark.parametrize('is_private', [False, True])
+def test_a_repository_is_as_private_as_was_asked_for(
+    is_private: bool, served: LoopbackHub, child: Child, checkpoint: Path, tmp_path: Path
+) -> None:
+    served.repos, served.faults = {}, {}
+    served.created.clear()
+    folder = hub.export(checkpoint, tmp_path / 'test_ait.toy')
+    child(push_with_token, folder, 'me/test_ait.mine', is_private)
+    assert [made['visibility'] if 'visibility' in made else made['private'] for made in served.created] in (
+        [is_private],
+        ['private' if is_private else 'public'],
+    )  # older clients say it as True or False
+
+
+def test_a_folder_that_was_renamed_or_is_the_current_one_gets_a_card_of_its_repository(
+    served: LoopbackHub, child: Child, checkpoint: Path, tmp_path: Path
+) -> None:
+    served.repos, served.faults = {}, {}
+    folder = hub.export(checkpoint, tmp_path / 'test_ait.one').rename(tmp_path / 'test_ait.two')
+    child(push_with_token, folder, 'me/test_ait.two')
+    child(push_with_token, Path('.'), 'me/test_ait.three', cwd=folder)
+    for repo in ('me/test_ait.two', 'me/test_ait.three'):
+        card = served.repos[repo]['README.md'].decode()
+        assert card.count(f"create_model('hf-hub:{repo}'") == card.count('hf-hub:') > 0
+
+
+def test_a_folder_for_the_organisation_of_the_package_is_listed(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = hub.export(checkpoint, tmp_path / 'test_ait.toy')
+    monkeypatch.setattr(hub, 'push', lambda **args: 'there')
+    monkeypatch.chdir(folder)
+    hub.main(['push', '.'])
+    digest = sha256((folder / 'model.safetensors').read_bytes())
+    assert f"**published('test_ait.toy', '{digest}')" in capsys.readouterr().out
 
 
 def test_an_upload_that_did_not_arrive_is_an_error(

@@ -161,10 +161,16 @@ def _paper(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
 _TEST = dict(embed_dim=128, num_heads=4, mlp_ratio=2.0, num_slots=16, slot_dim=16, write_heads=4)
 
 
-def _conv_stem(in_chans: int = 3, **dd: Any) -> nn.Sequential:
-    """Convolutions of 3x3 with norm and GELU: (B, C, H, W) -> (B, 256, H/4, W/4). The rest is device and dtype."""
+def _conv_embed(
+    img_size: int | tuple[int, int], patch_size: int | tuple[int, int], in_chans: int, **kwargs: Any
+) -> HybridEmbed:
+    """Convolutions of 3x3 with norm and GELU, (B, C, H, W) -> (B, 256, H/4, W/4), and then patches of these."""
+    p, q = to_2tuple(patch_size)
+    check_divisible(img_size, (4 * p, 4 * q), kwargs.get('dynamic_img_pad', False))
+    dd = {name: kwargs[name] for name in ('device', 'dtype') if name in kwargs}
     sizes = ((in_chans, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2))  # channels in and out, stride
-    return nn.Sequential(*[ConvNormAct(i, o, 3, stride, act_layer=nn.GELU, **dd) for i, o, stride in sizes])
+    stem = nn.Sequential(*[ConvNormAct(i, o, 3, stride, act_layer=nn.GELU, **dd) for i, o, stride in sizes])
+    return HybridEmbed(stem, img_size, patch_size, in_chans=in_chans, **kwargs)
 
 
 @register_model
@@ -228,11 +234,7 @@ def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTra
     Convolutions in place of the patches (Xiao et al., https://arxiv.org/abs/2106.14881), positions, the mean of the
     tokens before the classifier, and a memory for each image, whose slots stay distinct.
     """
-    p, q = to_2tuple(kwargs.get('patch_size', 1))
-    check_divisible(kwargs.get('img_size', 32), (4 * p, 4 * q), kwargs.get('dynamic_img_pad', False))
-    stem = _conv_stem(**{name: kwargs[name] for name in ('in_chans', 'device', 'dtype') if name in kwargs})
     model_args: dict[str, Any] = dict(
-        img_size=32,
         patch_size=1,  # of the stem's feature map
         embed_dim=192,
         depth=3,
@@ -240,7 +242,7 @@ def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTra
         mlp_ratio=2,
         class_token=False,
         global_pool='avg',
-        embed_layer=partial(HybridEmbed, backbone=stem),
+        embed_layer=_conv_embed,
         write_rule='distinct',
         write_scope='image',
         write_heads=4,

@@ -21,9 +21,10 @@ __all__ = ['batch_table', 'count_cost', 'default_repo', 'metadata', 'usage', 'wr
 
 # The arguments of train.py that make a recipe. Paths, names and switches of the machine are private and left out.
 RECIPE = (
-    'model model_kwargs pretrained img_size input_size num_classes epochs batch_size world_size '
+    'model model_kwargs pretrained img_size in_chans input_size gp num_classes epochs batch_size world_size '
     'opt lr opt_betas opt_eps opt_kwargs momentum weight_decay layer_decay clip_grad clip_mode '
-    'sched sched_on_updates warmup_epochs warmup_lr cooldown_epochs min_lr grad_accum_steps amp amp_dtype '
+    'sched sched_on_updates warmup_epochs warmup_lr decay_epochs decay_rate cooldown_epochs min_lr '
+    'grad_accum_steps amp amp_dtype '
     'scale ratio hflip vflip train_crop_mode train_interpolation color_jitter aa reprob '
     'mixup cutmix mixup_prob mixup_switch_prob mixup_off_epoch smoothing '
     'drop drop_path bce_loss model_ema model_ema_decay model_ema_warmup seed'
@@ -53,7 +54,7 @@ An [Associative Transformer](https://arxiv.org/abs/2309.12862) (AiT) for [timm](
 
 ## Model details
 
-- **Type:** image classification, feature backbone
+- **Type:** {kind}
 - **Parameters (M):** {millions:.1f}
 - **GMACs:** {macs:.3g}
 - **Activations (M):** {activations:.3g}
@@ -184,6 +185,8 @@ def write_card(
         batch_sizes: What benchmarks/batch_sizes.py measured for these weights, or nothing.
     """
     config = json.loads((folder / 'config.json').read_text())
+    if str(args.get('model')).startswith('local-dir:'):  # a path
+        args = {**args, 'model': config['architecture']}
     recipe = _recipe(args)
     if recipe:
         (folder / ARGUMENTS).write_text(recipe)
@@ -194,6 +197,7 @@ def write_card(
     body = BODY.format(
         name=folder.name,
         architecture=config['architecture'],
+        kind='image classification, feature backbone' if model.num_classes else 'feature backbone',
         millions=sum(p.numel() for p in model.parameters()) / 1e6,
         macs=macs,
         activations=activations,
@@ -215,17 +219,24 @@ def write_card(
         citation=CITATION,
     )
     accuracies = [(dataset, 'top-1 accuracy', facts['top1'])] if dataset and 'top1' in facts else []
-    head = metadata(folder.name, accuracies, config['pretrained_cfg'].get('license', 'apache-2.0'))
+    task = 'image-classification' if model.num_classes else 'image-feature-extraction'
+    head = metadata(folder.name, accuracies, config['pretrained_cfg'].get('license', 'apache-2.0'), task)
     (folder / 'README.md').write_text(f'---\n{head}\n---\n{body}')
 
 
-def metadata(name: str, accuracies: list[tuple[str, str, float]], license: str = 'apache-2.0') -> str:
+def metadata(
+    name: str,
+    accuracies: list[tuple[str, str, float]],
+    license: str = 'apache-2.0',
+    task: str = 'image-classification',
+) -> str:
     """Write the head of a card, which the Hub reads, as YAML.
 
     Args:
         name: Name of the model.
         accuracies: Data set, name of the metric, and value in percent, for each result.
         license: Licence of the weights, as the Hub calls it.
+        task: What the model is for, as the Hub calls it.
     """
     results = [
         EvalResult(
@@ -241,8 +252,8 @@ def metadata(name: str, accuracies: list[tuple[str, str, float]], license: str =
     data = ModelCardData(
         license=license,
         library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['timm', 'timm_ait', 'image-classification'],
+        pipeline_tag=task,
+        tags=['timm', 'timm_ait', task],
         model_name=name,
         eval_results=results or None,
     )

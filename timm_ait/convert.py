@@ -108,6 +108,8 @@ def fit_pretrained(
         state_dict = _fit(state_dict, model)
         _check_finite(state_dict)
         _check_head(state_dict, model, config_classes, replace_head)
+        if not replace_head:
+            _check_flattened(state_dict, model)
     except ValueError as error:
         raise ValueError(f'{source}: {error}') from error
     return state_dict
@@ -118,9 +120,8 @@ def _rename(state_dict: StateDict, model: VisionTransformer) -> StateDict:
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict.get('model', state_dict)))
     if is_authors(state_dict):
         return convert_authors(state_dict, model.patch_embed.patch_size)
-    if not any(key.endswith('mlp.memory') for key in state_dict):
-        return convert_vit(state_dict, model)
-    return state_dict
+    is_own = any(re.search(r'\.mlp\.(memory$|linear_transform\.)', key) for key in state_dict)
+    return state_dict if is_own else convert_vit(state_dict, model)
 
 
 def _fit(state_dict: StateDict, model: VisionTransformer) -> StateDict:
@@ -177,6 +178,11 @@ def _authors_key(key: str) -> str:
 
 def _channels_first(value: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Reorder the pixels of a patch: (..., P*P*C) -> (..., C, P, P), or (C*P*P,) for a norm over one patch."""
+    if value.shape[-1] % math.prod(patch_size):
+        raise ValueError(
+            f'the checkpoint has patches of {value.shape[-1]} numbers, no multiple of {tuple(patch_size)} pixels; '
+            'create the model with the patch_size of the checkpoint'
+        )
     pixels = value.unflatten(-1, (*patch_size, -1)).movedim(-1, -3)  # (..., P*P*C) -> (..., C, P, P)
     return pixels.flatten() if value.ndim == 1 else pixels.contiguous()
 
@@ -219,12 +225,15 @@ def _move(key: str, place: dict[int, int]) -> str:
 def _fit_positions(state_dict: StateDict, model: VisionTransformer) -> StateDict:
     """Resample the position embedding to the grid of the model."""
     pos_embed = state_dict.get('pos_embed')
-    if pos_embed is None or model.pos_embed is None or pos_embed.shape[1] == model.pos_embed.shape[1]:
+    if pos_embed is None or model.pos_embed is None:
         return state_dict
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     grid = model.patch_embed.grid_size
     count = pos_embed.shape[1] - prefix
-    if math.isqrt(count) ** 2 != count:
+    saved = _saved_grid(model, count)
+    if count == math.prod(grid) and saved in (None, grid):
+        return state_dict
+    if saved is None and math.isqrt(count) ** 2 != count:
         if math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:
             raise ValueError(
                 f'pos_embed has {pos_embed.shape[1]} positions, of patches alone, but the model has {prefix} more '
@@ -235,7 +244,18 @@ def _fit_positions(state_dict: StateDict, model: VisionTransformer) -> StateDict
             f'pos_embed has {count} positions. Only a square grid can be resampled to {grid}; '
             'create the model with the img_size of the checkpoint, then call set_input_size'
         )
-    return {**state_dict, 'pos_embed': resample_abs_pos_embed(pos_embed, new_size=grid, num_prefix_tokens=prefix)}
+    resampled = resample_abs_pos_embed(pos_embed, new_size=grid, old_size=saved, num_prefix_tokens=prefix)
+    return {**state_dict, 'pos_embed': resampled}
+
+
+def _saved_grid(model: VisionTransformer, count: int) -> tuple[int, int] | None:
+    """Rows and columns of ``count`` patches in the images of the config; None if the config is of other images."""
+    size = getattr(model, 'pretrained_cfg', {}).get('input_size')
+    if size is None or model.patch_embed.img_size is None:
+        return None
+    sizes = zip(size[1:], model.patch_embed.img_size, model.patch_embed.grid_size, strict=True)
+    rows, columns = (pixels * patches // own for pixels, own, patches in sizes)
+    return (rows, columns) if rows * columns == count else None
 
 
 def _fit_channels(state_dict: StateDict, model: VisionTransformer) -> StateDict:
@@ -269,6 +289,8 @@ def _remedy(keys: list[str]) -> str:
             'create the model with the pooling of the checkpoint, then change it with reset_classifier(num_classes, '
             'global_pool); or drop its classifier with pretrained_cfg_overlay=dict(num_classes=-1)'
         )
+    if all(key.endswith('.mlp.memory') for key in keys):
+        return 'the memory is a buffer: save the state_dict() of the model, and not its parameters alone'
     if any(key.endswith('.attractors') for key in keys):
         return 'a model that was reparameterised has lost its memory; save it before reparameterize_model'
     if any(re.fullmatch(r'blocks\.\d+\.mlp\.fc1\.weight', key) for key in keys):
@@ -311,6 +333,17 @@ def _check_head(state_dict: StateDict, model: VisionTransformer, config_classes:
             f'the checkpoint and the model have {len(weight)} classes, but the config has {config_classes}, so timm '
             f'would drop the classifier; pass pretrained_cfg_overlay=dict(num_classes={len(weight)}) to load it, '
             'or -1 to drop it'
+        )
+
+
+def _check_flattened(state_dict: StateDict, model: VisionTransformer) -> None:
+    """Check that a classifier over all tokens finds them in the rows and columns that it was trained with."""
+    grid = model.patch_embed.grid_size
+    saved = _saved_grid(model, math.prod(grid))
+    if model.global_pool == 'flatten' and 'head.weight' in state_dict and saved not in (None, grid):
+        raise ValueError(
+            f'the classifier reads a grid of {saved} tokens, and the model has {grid}; '
+            'create the model with the img_size of the checkpoint'
         )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from timm_ait import AssociativeTransformer, __version__
 from timm_ait.arguments import WORKSPACE_ARGS
-from timm_ait.card import write_card
+from timm_ait.card import default_repo, write_card
 from timm_ait.convert import fit_pretrained
 from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
 from timm_ait.publish import listing, publish, push
@@ -33,6 +33,8 @@ from timm_ait.publish import listing, publish, push
 __all__ = ['Checkpoint', 'build_model', 'export', 'publish', 'push', 'read_checkpoint']
 
 DTYPES = ('float32', 'float16', 'bfloat16')
+# What an export keeps of the config that timm wrote beside the weights.
+SAVED = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'license')
 
 
 class Checkpoint(NamedTuple):
@@ -42,7 +44,7 @@ class Checkpoint(NamedTuple):
         state_dict: The weights.
         args: Arguments of train.py; empty if the file holds weights alone.
         is_ema: Whether these are averaged weights.
-        facts: Epoch and validation metric, if they are known.
+        facts: Validation metric of these weights, if it is known.
     """
 
     state_dict: dict[str, Tensor]
@@ -68,7 +70,7 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
             weights = safetensors.torch.load_file(path)
         except SafetensorError as error:
             raise ValueError(f'{path} is no safetensors file ({error}); was it downloaded whole?') from error
-        return Checkpoint(weights, _saved_args(path.with_name('config.json')), False, {})
+        return Checkpoint(clean_state_dict(weights), _saved_args(path.with_name('config.json')), False, {})
     content: Any
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -82,10 +84,13 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f'expected a state dict or a checkpoint of train.py in {path}, got {type(content).__name__}')
-    is_ema = use_ema and 'state_dict_ema' in content
-    state_dict = content.get('state_dict_ema' if is_ema else 'state_dict', content.get('model', content))
-    facts = {'epoch': content.get('epoch'), content.get('metric_name', 'metric'): content.get('metric')}
-    facts = {key: value for key, value in facts.items() if isinstance(value, (int, float))}
+    averaged = next((content[key] for key in ('state_dict_ema', 'model_ema') if content.get(key) is not None), None)
+    is_ema = use_ema and averaged is not None
+    state_dict = averaged if is_ema else content.get('state_dict', content.get('model', content))
+    metric = content.get('metric')
+    if not isinstance(metric, (int, float)) or (averaged is not None and not is_ema):  # train.py's is of the average
+        metric = None
+    facts = {} if metric is None else {'metric': metric}
     args = content.get('args') or {}
     return Checkpoint(clean_state_dict(state_dict), dict(args if isinstance(args, dict) else vars(args)), is_ema, facts)
 
@@ -100,8 +105,8 @@ def _saved_args(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path} is no JSON ({error}); copy it once more, or remove it') from error
     if 'architecture' not in config:  # of another library
         return {}
-    pixels = {key: config.get('pretrained_cfg', {}).get(key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
-    return {'model': config['architecture'], 'model_kwargs': config.get('model_args', {}), **pixels}
+    kept = {key: config.get('pretrained_cfg', {}).get(key) for key in SAVED}
+    return {'model': config['architecture'], 'model_kwargs': config.get('model_args', {}), **kept}
 
 
 def export(
@@ -141,6 +146,9 @@ def export(
     read = read_checkpoint(checkpoint, use_ema)
     model, model_args = build_model(read, checkpoint, model_name, model_kwargs or {})
     model.to(getattr(torch, dtype))
+    large = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if large:
+        raise ValueError(f'{large[0]} of {checkpoint} has values beyond the range of {dtype}; take bfloat16 or float32')
     facts = {**read.facts, **_read_results(results)}
     others = {name: _read_results(Path(path)) for name, path in (compare or {}).items()}
     by_batch = _read_results(batch_sizes).get('batch_sizes', {})
@@ -193,8 +201,9 @@ def build_model(
         'global_pool': args.get('gp'),
     }
     kwargs = {**known, **(args.get('model_kwargs') or {}), **model_kwargs}
+    overlay = {'num_classes': kwargs['num_classes']} | {key: args[key] for key in ('license',) if args.get(key)}
     try:
-        model = timm.create_model(name, pretrained_cfg_overlay={'num_classes': kwargs['num_classes']}, **kwargs)
+        model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
     except (RuntimeError, TypeError) as error:  # no such model, no such tag, no such argument
         raise ValueError(f'timm cannot make {name} with {kwargs}: {error}') from error
     if not isinstance(model, AssociativeTransformer):
@@ -209,7 +218,7 @@ def build_model(
 
 
 def _model_args(model: AssociativeTransformer) -> dict[str, Any]:
-    """List the arguments of the constructor in full: a new default in a later version must not change the model."""
+    """List the arguments of the workspaces in full, for later versions with other defaults, and the sizes."""
     args = {name: getattr(model.blocks[0].mlp, name) for name in WORKSPACE_ARGS}
     args |= {'num_classes': model.num_classes, 'in_chans': model.in_chans, 'global_pool': model.global_pool}
     return {**args, 'img_size': list(model.patch_embed.img_size)}
@@ -253,7 +262,11 @@ def _read_results(path: Path | None) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f'{path} is no JSON; validate.py writes it with --results-format json') from error
-    return dict(content[0] if isinstance(content, list) else content)
+    if isinstance(content, list) and content:
+        content = content[0]
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} holds no results; validate.py writes it with --results-format json')
+    return content
 
 
 def _code_version() -> str:
@@ -304,8 +317,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         command = args.pop('command')
         if command == 'push':
+            folder = args['folder'].resolve()
             print(f'published: {push(**args)}')
-            print(f'to list it as pretrained, write this at its tag in timm_ait/ait.py: {listing(args["folder"])}')
+            if args['repo_id'] in ('', default_repo(folder)):
+                print(f'to list it as pretrained, write this at its tag in timm_ait/ait.py: {listing(folder)}')
         elif command == 'publish':
             print(*publish(**args), sep='\n')
         else:

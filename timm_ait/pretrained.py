@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ EXPLANATIONS: tuple[tuple[type[Exception], str], ...] = (
     (EntryNotFoundError, f'the repository has no such file, and a pickle is not read in its place: {OWN_FILE}'),
 )
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PICKLES = (b'\x80\x02', b'\x80\x04')  # as torch and pickle begin files that are no zip
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 _logger = logging.getLogger(__name__)
@@ -203,10 +205,13 @@ def _verified(path: Path, sha256: str) -> Path:
         raise WeightsError(
             f'there is no file {path}: check the path; a folder of weights holds config.json and {FILENAME}'
         )
+    reason = ''
     if sha256 or path.suffix == '.safetensors':
         reason = _damage(path, sha256)
-        if reason:
-            raise WeightsError(f'{path} {reason}: download or copy it again')
+    elif not zipfile.is_zipfile(path) and _start_of(path) not in PICKLES:
+        reason = 'is no whole checkpoint'
+    if reason:
+        raise WeightsError(f'{path} {reason}: download or copy it again')
     return path
 
 
@@ -221,14 +226,21 @@ def _damage(path: Path, sha256: str) -> str:
     except OSError as error:
         return f'cannot be read ({error})'
     except SafetensorError as error:
-        with path.open('rb') as start:
-            is_pickle = start.read(2) in (b'PK', b'\x80\x02', b'\x80\x04')
+        is_pickle = _start_of(path) in (b'PK', *PICKLES)
         return 'is a pickle, which is never read here' if is_pickle else f'is no whole safetensors file ({error})'
     return f'has the sha256 {found}, but {sha256} was published' if found != sha256 else ''
 
 
+def _start_of(path: Path) -> bytes:
+    with path.open('rb') as file:
+        return file.read(2)
+
+
 def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
-    """Return a file of the Hub. If it is damaged, remove it from the cache and download it once more."""
+    """Return a file of the Hub. If it is damaged, remove it from the cache and download it once more.
+
+    A whole file that is not the one that was published stays in the cache: others may use it.
+    """
     repo, _, revision = (cfg.hf_hub_id or '').partition('@')
     filename = cfg.hf_hub_filename or FILENAME
     if not filename.endswith('.safetensors'):
@@ -240,6 +252,12 @@ def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
     reason = _damage(path, pinned_sha256(cfg) or _stored_sha256(path))
     if not reason:
         return path
+    url = hf_hub_url(repo, filename, revision=revision or None)
+    stored = _stored_sha256(path)
+    if stored and not _damage(path, stored):
+        raise WeightsError(f'{url} {reason}: install a newer timm_ait, or {OWN_FILE}')
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsError(f'{path} {reason}, and HF_HUB_OFFLINE forbids to download it again: unset it, or {OWN_FILE}')
     _logger.warning('%s %s; downloading it again', path, reason)
     _discard(path)
     try:
@@ -249,7 +267,6 @@ def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
     reason = _damage(path, pinned_sha256(cfg) or _stored_sha256(path))
     if reason:
         _discard(path)
-        url = hf_hub_url(repo, filename, revision=revision or None)
         raise WeightsError(f'{url} {reason}: it was removed; try again, or install a newer timm_ait')
     return path
 

@@ -1,6 +1,7 @@
 """Bring folders of weights to the Hub: the commands ``push`` and ``publish`` of ``python -m timm_ait.hub``."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ def push(folder: Path, repo_id: str = '', private: bool = False) -> str:
         ValueError: If the folder is not whole, or does not load.
         WeightsError: If no user is logged in, if the Hub cannot be used, or if it then holds other weights.
     """
+    folder = folder.resolve()  # '.' has no name
     _check(folder)
     _require_login()
     return _upload(folder, repo_id or default_repo(folder), private)
@@ -145,8 +147,8 @@ def _upload(folder: Path, repo_id: str, private: bool = False) -> str:
 def _files(folder: Path, repo_id: str) -> dict[str, bytes]:
     """Read the files beside the weights as the repository is to hold them, by name."""
     files = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
-    named, default = f'hf-hub:{repo_id}', f'hf-hub:{default_repo(folder)}'
-    return files | {'README.md': files['README.md'].replace(default.encode(), named.encode())}
+    card = re.sub(rf'hf-hub:{HUB_ORGANISATION}/[\w.-]+', f'hf-hub:{repo_id}', files['README.md'].decode())
+    return files | {'README.md': card.encode()}
 
 
 def _is_on_hub(folder: Path, repo_id: str) -> bool:

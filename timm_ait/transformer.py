@@ -310,12 +310,12 @@ class AssociativeTransformer(VisionTransformer):
         (h, w), (p, q) = to_2tuple(new_img), to_2tuple(new_patch)
         y, x = getattr(self.patch_embed, 'feature_ratio', (1, 1))  # a convolutional stem makes the image smaller
         check_divisible(new_img, (y * p, x * q), self.patch_embed.dynamic_img_pad)
-        num_patches = (h // y // p) * (w // x // q)
-        is_resized = self.global_pool == 'flatten' and num_patches != self.patch_embed.num_patches
+        old, grid = self.patch_embed.grid_size, (h // y // p, w // x // q)
+        is_resized = self.global_pool == 'flatten' and grid != old
         if is_resized and self.num_classes > 0:
             raise ValueError(
-                f'the classifier reads {self.patch_embed.num_patches} flattened tokens, img_size={new_img} with '
-                f'patch_size={new_patch} gives {num_patches}; create the model with img_size={new_img}, or '
+                f'the classifier reads a grid of {old} flattened tokens, img_size={new_img} with '
+                f'patch_size={new_patch} gives {grid}; create the model with img_size={new_img}, or '
                 "leave 'flatten' first: reset_classifier(num_classes, global_pool='avg')"
             )
         super().set_input_size(img_size=img_size, patch_size=patch_size)
