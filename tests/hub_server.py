@@ -27,7 +27,7 @@ class LoopbackHub:
             accepted but not stored).
         broken: Pattern of 'METHOD path' -> the status that such a request is answered with; 0 closes the connection
             in the middle of it; a negative number is that many seconds of silence.
-        created: What each request for a new repository asked for.
+        private: Names of the repositories that were made private.
         collections: 'org/name-number' -> names of repositories.
         requests: Method and path of every request.
         tokens: Authorization headers of all requests.
@@ -37,7 +37,7 @@ class LoopbackHub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.faults: dict[str, str] = {}
         self.broken: dict[str, int] = {}
-        self.created: list[dict[str, Any]] = []
+        self.private: set[str] = set()
         self.collections: dict[str, list[str]] = {}
         self.requests: list[str] = []
         self.tokens: set[str] = set()
@@ -223,7 +223,8 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, asked: dict[str, Any]) -> None:
         repo = f'{asked["organization"]}/{asked["name"]}'
         self.hub.repos.setdefault(repo, {})
-        self.hub.created.append(asked)
+        if asked.get('private') or asked.get('visibility') == 'private':  # as older and newer clients say it
+            self.hub.private.add(repo)
         self.answer_json({'url': f'{self.hub.url}/{repo}'})
 
     def create_collection(self, asked: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Tasks that are drawn: what they show, what their labels say, and that a seed repeats them."""
 
+import copy
 import itertools
 import math
+import pickle
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -325,6 +327,25 @@ def test_samples_repeat_in_any_order_and_worker_and_differ_between_splits_epochs
     assert torch.equal(torch.stack([x for x, _ in test]), others[1])
     with pytest.raises(IndexError):
         dataset[12]
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_running_workers_see_the_epoch_of_a_copy_too(duplicate: Callable[[Any], Any]) -> None:
+    dataset = duplicate(Triangle('train', 4))
+    loader = DataLoader(dataset, batch_size=4, num_workers=1, persistent_workers=True)
+    (first,) = (x for x, _ in loader)
+    dataset.set_epoch(1)
+    (second,) = (x for x, _ in loader)
+    assert not torch.equal(first, second)
+
+
+def test_the_command_for_train_py_validates_on_what_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets.main(['triangle', str(tmp_path / 'some'), *'--train 3 --validation 0 --test 0'.split()])
+    said = capsys.readouterr().out
+    assert '--val-split' not in said
+    assert 'no images to validate on: write some with --validation' in said
 
 
 def test_scenes_repeat_with_their_seed_alone() -> None:

@@ -59,13 +59,10 @@ def test_a_repository_is_as_private_as_was_asked_for(
     is_private: bool, served: LoopbackHub, child: Child, checkpoint: Path, tmp_path: Path
 ) -> None:
     served.repos, served.faults = {}, {}
-    served.created.clear()
+    served.private.clear()
     folder = hub.export(checkpoint, tmp_path / 'test_ait.toy')
     child(push_with_token, folder, 'me/test_ait.mine', is_private)
-    assert [made['visibility'] if 'visibility' in made else made['private'] for made in served.created] in (
-        [is_private],
-        ['private' if is_private else 'public'],
-    )  # older clients say it as True or False
+    assert served.private == ({'me/test_ait.mine'} if is_private else set())
 
 
 def test_a_folder_that_was_renamed_or_is_the_current_one_gets_a_card_of_its_repository(

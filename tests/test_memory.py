@@ -101,8 +101,8 @@ def test_the_layer_in_another_model_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        (dict(depth=3), r"missing are \['blocks.2.mlp.memory'\], unknown or ambiguous are none; create the model as"),
-        (dict(depth=1), r"missing are none, unknown or ambiguous are \['blocks.1.mlp.memory'\]"),
+        (dict(depth=3), r"missing or ambiguous are \['blocks.2.mlp.memory'\], unknown are none; create the model as"),
+        (dict(depth=1), r"missing or ambiguous are none, unknown are \['blocks.1.mlp.memory'\]"),
         (dict(num_slots=7), r'has shape \(7, 3\), but in .* it has shape \(5, 3\); .* num_slots=5 and slot_dim=3'),
         (dict(slot_dim=2), r'has shape \(5, 2\), but in .* it has shape \(5, 3\)'),
     ],
@@ -134,8 +134,18 @@ def test_two_models_in_one_are_told_apart_by_their_paths(tmp_path: Path) -> None
     load_memory(again, tmp_path / 'pair.safetensors')
     for name in pair:
         assert_equal(memories(again[name]), memories(pair[name]))
-    with pytest.raises(ValueError, match=r"missing are \['blocks.0.mlp.memory', 'blocks.1.mlp.memory'\]"):
+    with pytest.raises(ValueError, match=r"missing or ambiguous are \['blocks.0.mlp.memory', 'blocks.1.mlp.memory'\]"):
         load_memory(make_model(), tmp_path / 'pair.safetensors')
+
+
+def test_one_memory_is_not_loaded_into_two_layers(tmp_path: Path) -> None:
+    save_memory(make_model(), tmp_path / 'one.safetensors')
+    pair = nn.ModuleDict({'student': make_model(), 'teacher': make_model()})
+    with pytest.raises(ValueError, match=r"missing or ambiguous are \['student.blocks.0.mlp.memory', "):
+        load_memory(pair, tmp_path / 'one.safetensors')
+    save_memory(make_model().blocks[0].mlp, tmp_path / 'layer.safetensors')
+    with pytest.raises(ValueError, match=r"missing or ambiguous are \['blocks.0.mlp.memory', 'blocks.1"):
+        load_memory(make_model(), tmp_path / 'layer.safetensors')
 
 
 def test_two_memories_of_one_name_are_an_error(tmp_path: Path) -> None:
@@ -169,3 +179,5 @@ def test_a_model_on_the_meta_device_is_an_error(tmp_path: Path) -> None:
         ValueError, match=r'blocks.0.mlp.memory is on the meta device, .*; use model.to_empty\(\) first'
     ):
         load_memory(make_model().to('meta'), tmp_path / 'memory.safetensors')
+    with pytest.raises(ValueError, match='is on the meta device and holds nothing; load the model before'):
+        save_memory(make_model().to('meta'), tmp_path / 'memory.safetensors')

@@ -59,6 +59,48 @@ def test_several_batches_count_as_one_and_the_model_stays_as_it_was() -> None:
     assert format_report(whole).count('\n') == 3
 
 
+def test_small_and_large_batches_of_copies_count_by_their_images() -> None:
+    model = timm.create_model('test_ait', depth=2, write_scope='image')
+    images = torch.randn(9, 3, 32, 32)
+    images[8] = images[8].mean() + torch.arange(32) / 8
+    whole, parts = memory_report(model, images), memory_report(model, [images[:8], images[8:]])
+    for a, b in zip(whole, parts, strict=True):
+        assert vars(a) == pytest.approx(vars(b), rel=1e-3)
+
+
+def test_the_gain_is_a_part_of_the_retrieval() -> None:
+    layer, x = GlobalWorkspace(8, num_slots=4, slot_dim=4, write_rule='distinct'), torch.randn(2, 5, 8)
+    (before,) = memory_report(layer, x)
+    with torch.no_grad():
+        layer.scale.fill_(3.0)
+    assert memory_report(layer, x)[0].length == pytest.approx(3 * before.length)
+
+
+def test_a_compiled_model_is_reported_on_as_often_as_is_asked() -> None:
+    model, images = timm.create_model('test_ait', depth=2).eval(), torch.randn(2, 3, 32, 32)
+    expected = memory_report(model, images)
+    compiled = torch.compile(model, backend='eager')
+    compiled(images)
+    for _ in range(2):
+        assert memory_report(compiled, images) == expected
+
+
+class Merging(nn.Linear):
+    """An adapter that acts when its mode changes."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> 'Merging':
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_a_layer_that_acts_when_its_mode_changes_is_told_that_it_trains_again() -> None:
+    model = nn.Sequential(GlobalWorkspace(8, num_slots=4, slot_dim=4), Merging(8, 8)).train()
+    memory_report(model, torch.randn(2, 5, 8))
+    assert (model[1].training, model[1].merged) == (True, False)
+
+
 def test_a_relational_model_is_shown_images_and_questions() -> None:
     model = timm.create_model('test_ait_relational')
     image, question, answer = torch.randn(4, 3, 75, 75), torch.randn(4, 18), torch.arange(4)
@@ -83,3 +125,6 @@ def test_what_cannot_be_reported_on_is_said() -> None:
         memory_report(reparameterize_model(timm.create_model('test_ait')), torch.randn(2, 3, 32, 32))
     with pytest.raises(ValueError, match='at least one batch of images'):
         memory_report(timm.create_model('test_ait'), [])
+    for batch, got in (({'image': 0}, 'dict'), ([[1.0]], 'list'), (torch.randn(0, 3, 32, 32), r'\(0, 3, 32, 32\)')):
+        with pytest.raises(ValueError, match=rf'expected batches of images .*, got {got}'):
+            memory_report(timm.create_model('test_ait'), [batch])

@@ -247,10 +247,33 @@ def test_the_gain_of_distinct_slots_is_learned_from_one_on_and_the_published_rul
 
 
 def test_one_slot_has_nothing_to_be_distinct_from() -> None:
-    layer = make_layer(write_rule='distinct', num_slots=1)
-    before = layer.memory.clone()
-    layer(tokens())
-    assert not torch.equal(layer.memory, before)
+    written = []
+    for seed in range(2):  # what is written depends on what is read
+        layer = make_layer(write_rule='distinct', num_slots=1)
+        layer(tokens(seed))
+        written.append(layer.memory.clone())
+    assert (written[0] - written[1]).abs().max() > 1e-3
+
+
+@variants(IMAGE.values(), ids=IMAGE)
+def test_the_balance_loss_of_copies_is_the_mean_over_images(kwargs: dict[str, Any]) -> None:
+    layer, x = make_layer(**kwargs), tokens()
+    layer(x)
+    alone = []
+    for image in x:
+        one = make_layer(**kwargs)
+        one(image[None])
+        alone.append(one.balance_loss())
+    torch.testing.assert_close(layer.balance_loss(), torch.stack(alone).mean())
+
+
+@variants(IMAGE.values(), ids=IMAGE)
+def test_an_evaluation_before_a_write_is_differentiated_after_it(kwargs: dict[str, Any]) -> None:
+    layer, x = make_layer(**kwargs), tokens()
+    expected = torch.autograd.grad(layer.eval()(x).sum(), layer.fc1.weight)[0]
+    y = layer.eval()(x)
+    layer.train()(x)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), layer.fc1.weight)[0], expected)
 
 
 # A workspace for every image
@@ -417,8 +440,53 @@ def test_blocks_without_self_attention_are_scripted_and_exported() -> None:
 
 @pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(64, 64)), dict(is_causal=True)], ids=['mask', 'causal'])
 def test_blocks_without_self_attention_take_no_mask(mask: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match='blocks without self-attention take no mask; leave out attn_mask'):
+    with pytest.raises(ValueError, match='blocks without self-attention take no mask: leave out attn_mask'):
         make_model(**FREE).eval()(images(1), **mask)
+
+
+@pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(64, 64)), dict(is_causal=True)], ids=['mask', 'causal'])
+def test_a_mask_is_refused_where_all_tokens_meet_in_a_copy(mask: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"with write_scope='image' every token reads .*: leave out attn_mask"):
+        make_model(write_scope='image').eval()(images(1), **mask)
+    make_model().eval()(images(1), **mask)
+
+
+class ReadTwice(GlobalWorkspace):
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        return h + 2 * (super().read(f, h, memory) - h)
+
+
+class WriteTwice(GlobalWorkspace):
+    def update(self, memory: Tensor, heads: Tensor) -> Tensor:
+        return super().update(memory, 2 * heads)
+
+
+def make_with(workspace: type[GlobalWorkspace], **kwargs: Any) -> AssociativeTransformer:
+    model_class = type('Model', (AssociativeTransformer,), {'workspace_layer': workspace})
+    return make_model(model_class=model_class, **kwargs).eval()
+
+
+def test_a_layer_that_reads_in_another_way_is_not_fused() -> None:
+    model, x = make_with(ReadTwice), images(2)
+    with torch.no_grad():
+        assert not torch.equal(make_with(GlobalWorkspace)(x), model(x))
+        assert torch.equal(reparameterize_model(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
+def test_a_layer_that_writes_copies_in_another_way_is_not_scripted() -> None:
+    with pytest.raises(ValueError, match='as GlobalWorkspace does, and WriteTwice in another way'):
+        torch.jit.script(make_with(WriteTwice, write_scope='image'))
+    torch.jit.script(make_with(WriteTwice))  # writes nothing in evaluation
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
+@variants([dict(write_scope='image'), FREE], ids=['image', 'free'])
+def test_tokens_that_are_alike_are_selected_in_torchscript_as_elsewhere(kwargs: dict[str, Any]) -> None:
+    model, x = make_model(**dict(kwargs, bottleneck=8)).eval(), torch.ones(4, 3, 32, 32)
+    x[:, :, 8:16, 8:16] = images(4)[:, :, :8, :8]  # white all around
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_without_self_attention_additive_copies_mix_the_tokens_of_an_image_and_a_memory_of_the_batch_does_not() -> None:

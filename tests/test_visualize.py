@@ -18,6 +18,7 @@ from models import assert_same_state, images, make_model
 from PIL import Image
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from timm_ait import GlobalWorkspace, drawing, page, visualize
 from timm_ait.history import find_checkpoints, follow_training, measure_drift, read_memories
@@ -287,6 +288,18 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     (tmp_path / 'half.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:100])
     with pytest.raises(ValueError, match=r'half\.jpg cannot be read \(.+\); remove it or copy it once more'):
         visualize.read_images(tmp_path, timm.create_model('test_ait'), 2)
+
+
+def test_an_image_that_is_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new('RGB', (SIDE, SIDE)).save(tmp_path / 'huge.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
+    with pytest.raises(ValueError, match=r'huge\.png cannot be read \(.*decompression bomb'):
+        visualize.read_images(tmp_path, timm.create_model('test_ait'), 1)
+
+
+def test_the_patches_of_a_wrapped_model_have_rows_and_columns() -> None:
+    model = AveragedModel(make_model())
+    assert inspect(model, images(2))[0].grid == model.module.patch_embed.grid_size
 
 
 @pytest.mark.parametrize(

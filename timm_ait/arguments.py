@@ -43,12 +43,12 @@ WORKSPACE_ARGS = tuple(LIMITS)  # a model takes them for all its blocks
 
 
 def check_limits(arguments: dict[str, Any]) -> None:
-    """Check the arguments of a layer, by name.
+    """Check arguments of a layer, by name.
 
     Raises:
         ValueError: With what was expected and what came.
     """
-    for name, (is_allowed, expected) in LIMITS.items():
-        value = arguments[name]
+    for name in LIMITS.keys() & arguments.keys():
+        (is_allowed, expected), value = LIMITS[name], arguments[name]
         if not is_allowed(value):
             raise ValueError(f'{name} must be {expected.format(value)}')

@@ -15,6 +15,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,10 @@ class DrawnImages(Dataset[tuple[Tensor, int]]):
         _check_sample(split, size, seed)
         self.split, self.size, self.seed = split, size, seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on must see it change
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.epoch.share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other training images from now on, in running workers too; the other splits stay as they are."""
@@ -324,9 +329,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     one = next(iter(splits.values()))
     size = f'--num-classes {one.num_classes} --input-size 3 {one.img_size} {one.img_size}'
-    # without a validation folder train.py would validate on all that it finds
-    val_split = '' if 'validation' in splits else ' --val-split test'
-    print(f'train.py reads it with --data-dir {shlex.quote(str(folder))} {size} --no-aug{val_split}')
+    # where there is no such folder, train.py would validate on all that it finds
+    val_split = {'validation': '', 'test': ' --val-split test'}.get(next((s for s in SPLITS[1:] if s in splits), ''))
+    print(f'train.py reads it with --data-dir {shlex.quote(str(folder))} {size} --no-aug{val_split or ""}')
+    if val_split is None:
+        print('It holds no images to validate on: write some with --validation before you train')
 
 
 if __name__ == '__main__':

@@ -33,6 +33,10 @@ class FusedWorkspace(nn.Module):
         h = self.norm(f)
         return self.retrieval(f if self.has_vit_path else h, h, self.attractors, scale=self.scale)
 
+    def has_copies(self) -> bool:
+        """All images read one memory."""
+        return False
+
     def is_writing(self) -> bool:
         """It never writes."""
         return False

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_limits
+
 __all__ = ['HopfieldRetrieval', 'hopfield_energy']
 
 
@@ -21,10 +23,14 @@ class HopfieldRetrieval(nn.Module):
     Args:
         beta: Inverse temperature, above 0.
         steps: Updates of the state of each token, at least 1.
+
+    Raises:
+        ValueError: For an argument out of range.
     """
 
     def __init__(self, beta: float = 1.0, steps: int = 1) -> None:
         super().__init__()
+        check_limits(dict(beta=beta, retrieval_steps=steps))
         self.beta, self.steps = float(beta), steps
         self.softmax = nn.Softmax(dim=-1)
 

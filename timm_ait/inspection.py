@@ -1,6 +1,7 @@
 """Look into the memories of a model: what each slot reads, what each token retrieves, and whether slots are alike."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +89,12 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
         One for each workspace, from the first block to the last.
 
     Raises:
-        ValueError: If the model has no workspace.
+        ValueError: If the model has no workspace, or if there is no image.
     """
-    patches = getattr(model, 'patch_embed', None)
+    if len(images) == 0:
+        raise ValueError(f'expected at least one image (B, C, H, W), got {tuple(images.shape)}')
+    stems = (module.patch_embed for module in model.modules() if hasattr(module, 'patch_embed'))  # a wrapper hides it
+    patches: Any = next(stems, None)
     grid = patches.dynamic_feat_size(images.shape[-2:]) if patches is not None else None
     found: list[BlockInspection] = []
     with watch(model) as sums:

@@ -32,9 +32,13 @@ def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If ``model`` has no workspace.
+        ValueError: If ``model`` has no workspace, or no values.
     """
-    memories = {name: memory.detach().cpu().clone() for name, memory in _memories(model).items()}
+    memories = _memories(model)
+    for name, memory in memories.items():
+        if memory.is_meta:
+            raise ValueError(f'{name} is on the meta device and holds nothing; load the model before you save it')
+    memories = {name: memory.detach().cpu().clone() for name, memory in memories.items()}
     try:
         save_file(memories, path, metadata={'format': 'pt'})
     except SafetensorError as error:
@@ -62,11 +66,12 @@ def load_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ) from error
     memories = _memories(model)
     names = {name: _find(name, saved) for name in memories}
-    missing = [name for name, found in names.items() if found is None]
+    claimed = list(names.values())
+    missing = [name for name, found in names.items() if found is None or claimed.count(found) > 1]
     unknown = sorted(saved.keys() - set(names.values()))
     if missing or unknown:
         raise ValueError(
-            f'{path} must hold the memories of this model: missing are {missing or "none"}, unknown or ambiguous are '
+            f'{path} must hold the memories of this model: missing or ambiguous are {missing or "none"}, unknown are '
             f'{unknown or "none"}; create the model as it was when its memory was saved'
         )
     for name, found in names.items():

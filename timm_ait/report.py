@@ -57,9 +57,9 @@ class Sums:
         slots = self.last_slots = F.normalize(args[0].float(), dim=-1)
         M = slots.shape[-2]
         cosines = slots @ slots.transpose(-2, -1)
-        self.cosines.append(((cosines.sum(dim=(-2, -1)) - M) / max(M * (M - 1), 1)).mean())
+        self.cosines.append(((cosines.sum(dim=(-2, -1)) - M) / max(M * (M - 1), 1)).flatten())
         values = torch.linalg.svdvals(slots)
-        self.ranks.append(torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp().mean())
+        self.ranks.append(torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp().flatten())
 
     def see_shares(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook on the softmax of the retrieval; the last update counts: (T, M) or (B, N, M)."""
@@ -87,8 +87,8 @@ class Sums:
         over_tokens = square - (self.mean / self.tokens).square().sum()
         over_images = self.means_squared / self.images - (self.means / self.images).square().sum()
         return BlockReport(
-            mean_cosine=torch.stack(self.cosines).mean().item(),
-            effective_rank=torch.stack(self.ranks).mean().item(),
+            mean_cosine=torch.cat(self.cosines).mean().item(),
+            effective_rank=torch.cat(self.ranks).mean().item(),
             length=(self.squares / self.states).sqrt().item(),
             varies_over_tokens=(over_tokens / square).clamp_min(0).sqrt().item(),
             varies_over_images=(over_images / square).clamp_min(0).sqrt().item(),
@@ -117,12 +117,14 @@ def watch(model: nn.Module) -> Iterator[dict[GlobalWorkspace, Sums]]:
             hooks.append(workspace.linear_transform.register_forward_hook(seen.see_slots))
             hooks.append(workspace.retrieval.softmax.register_forward_hook(seen.see_shares))
             hooks.append(workspace.retrieval.register_forward_hook(seen.see_retrieval, with_kwargs=True))
-        yield sums
+        with torch.compiler.set_stance('force_eager'):  # a graph that is compiled already calls no hooks
+            yield sums
     finally:
         for workspace in sums:
             vars(workspace).pop('store', None)
-        for module, mode in modes.items():
-            module.training = mode
+        for module, mode in modes.items():  # from the root down; some adapters act when their mode changes
+            if module.training != mode:
+                module.train(mode)
         for hook in hooks:
             hook.remove()
 
@@ -145,16 +147,24 @@ def memory_report(model: nn.Module, batches: Tensor | Iterable[Any], inputs: int
         One report for each workspace, from the first block to the last.
 
     Raises:
-        ValueError: If the model has no workspace, or if there are no images.
+        ValueError: If the model has no workspace, if there are no images, or if a batch is something else.
     """
     with watch(model) as sums:
         device = next(iter(sums)).memory.device
         for batch in [batches] if isinstance(batches, Tensor) else batches:
-            tensors = [batch] if isinstance(batch, Tensor) else batch[:inputs]
-            model(*(x.to(device) for x in tensors))
+            model(*(x.to(device) for x in _inputs_of(batch, inputs)))
     if not all(seen.images for seen in sums.values()):
         raise ValueError('expected at least one batch of images, got none')
     return [seen.report() for seen in sums.values()]
+
+
+def _inputs_of(batch: Any, count: int) -> list[Tensor]:
+    """The first tensors of a batch, of one image at least."""
+    parts = list(batch[:count]) if isinstance(batch, (tuple, list)) else [batch]
+    if not all(isinstance(x, Tensor) and len(x) > 0 for x in parts):
+        got = ', '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in parts)
+        raise ValueError(f'expected batches of images (B, C, H, W), alone or as the first of a tuple, got {got}')
+    return parts
 
 
 def format_report(reports: list[BlockReport]) -> str:

@@ -117,7 +117,17 @@ class AssociativeBlock(Block):
 
     def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """``x + attention(LN(x))``: (B, N, E) -> (B, N, E)."""
+        if self.mlp.has_copies():
+            self.refuse_mask(attn_mask, is_causal, "with write_scope='image' every token reads what all others wrote")
         return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+
+    def refuse_mask(self, attn_mask: Tensor | None, is_causal: bool, why: str) -> None:
+        """Raise a ValueError where there is a mask."""
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if isinstance(attn_mask, torch.fx.Proxy):  # torch.fx makes proxies of arguments that are left out too
+                return
+        if attn_mask is not None or is_causal:
+            raise ValueError(why + ': leave out attn_mask and is_causal')
 
     def forward_checkpointed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """:meth:`forward`, which saves its inputs alone for the backward pass."""
@@ -143,11 +153,7 @@ class AttentionFreeBlock(AssociativeBlock):
 
     def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """``x``: (B, N, E) -> (B, N, E)."""
-        if not torch.jit.is_scripting():  # noqa: SIM102
-            if isinstance(attn_mask, torch.fx.Proxy):  # torch.fx makes proxies of arguments that are left out too
-                return x
-        if attn_mask is not None or is_causal:
-            raise ValueError('blocks without self-attention take no mask; leave out attn_mask and is_causal')
+        self.refuse_mask(attn_mask, is_causal, 'blocks without self-attention take no mask')
         return x
 
 
@@ -238,6 +244,12 @@ class AssociativeTransformer(VisionTransformer):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles: a copy of the model whose workspaces only read."""
+        for workspace in self._workspaces():
+            if workspace.has_copies() and workspace.overrides('write', 'select', 'attend', 'update', 'fold_queries'):
+                name = type(workspace).__name__
+                raise ValueError(
+                    f'TorchScript writes copies as GlobalWorkspace does, and {name} in another way; use torch.export'
+                )
         return reparameterize_model(self)
 
     def _track(self, outputs: Any) -> Any:

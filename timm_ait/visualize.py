@@ -60,7 +60,7 @@ def read_images(folder: str | os.PathLike[str], model: nn.Module, count: int) ->
 def _read_image(path: Path) -> Any:
     try:
         return default_loader(str(path))
-    except (OSError, SyntaxError) as error:  # Pillow raises both for damaged files, and not always with their names
+    except Exception as error:  # Pillow has many for damaged and for huge files, not always with their names
         raise ValueError(f'{path} cannot be read ({error}); remove it or copy it once more') from error
 
 

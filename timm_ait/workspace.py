@@ -195,7 +195,11 @@ class GlobalWorkspace(nn.Module):
         elif not self.is_writing():
             f = self.feed_forward(x)
             h = self.norm(f)
-            return self.read(f, h, self.write(h, self.memory).memory if self.has_copies() else self.slots())
+            if not self.has_copies():
+                return self.read(f, h, self.slots())
+            is_saved = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            memory = self.memory.clone() if is_saved else self.memory  # a write may follow before the backward pass
+            return self.read(f, h, self.write(h, memory).memory)
         elif is_backward_running():
             return self.step(x, self.replay.memory_before(x))[0]
         else:
@@ -350,15 +354,15 @@ class GlobalWorkspace(nn.Module):
 
     def copy_memory(self, h: Tensor) -> Tensor:
         """The copies (B, M, D) that the images of the tokens ``h`` (B, N, E) write: :meth:`write` for TorchScript."""
-        S, memory = self.write_heads, self.memory.to(h.dtype)
+        B, S, memory = len(h), self.write_heads, self.memory.to(h.dtype)
         queries = self.query(self.address(memory)).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
         keys = self.key(h).unflatten(-1, (S, -1)).permute(0, 2, 3, 1)  # (B, N, S*D) -> (B, S, D, N)
         values = self.value(h).unflatten(-1, (S, -1)).transpose(1, 2)  # (B, N, S*D) -> (B, S, N, D)
         logits = torch.matmul(queries, keys) / math.sqrt(self.slot_dim)
-        if self.bottleneck < h.shape[1]:
-            lowest = logits.topk(self.bottleneck, dim=-1)[0].amin(dim=-1, keepdim=True)
-            logits = logits.masked_fill(logits < lowest, -float('inf'))
-        heads = self._centre(torch.matmul(logits.softmax(dim=-1), values))  # (B, S, M, D)
+        logits, tokens = logits.topk(min(self.bottleneck, h.shape[1]), dim=-1)  # (B, S, M, N) -> (B, S, M, k)
+        gates = torch.zeros(B, S, len(memory), h.shape[1], dtype=h.dtype, device=h.device)
+        gates = gates.scatter(-1, tokens, logits.softmax(dim=-1))
+        heads = self._centre(torch.matmul(gates, values))  # (B, S, M, D)
         new = self.proj(heads.transpose(1, 2).flatten(2)) + memory  # (B, M, S*D) -> (B, M, D)
         return new if self.write_rule == 'additive' else self._average(memory, self.write_norm(new))
 
@@ -382,14 +386,21 @@ class GlobalWorkspace(nn.Module):
     def fuse(self) -> nn.Module:
         """The layer for evaluation alone; timm's ``reparameterize_model`` puts it in the place of this one.
 
-        A layer whose images write copies in evaluation stays as it is.
+        A layer whose images write copies in evaluation stays as it is, and so does one of a class that reads in another
+        way.
 
         Raises:
             ValueError: If the layer changes its memory in evaluation too.
         """
         if self.write_mode == 'always':
             raise ValueError("only a workspace that reads alone can be fused, got write_mode='always'; take 'train'")
-        return self if self.has_copies() else FusedWorkspace(self)
+        if self.has_copies() or self.overrides('forward', 'feed_forward', 'slots', 'read', 'attractors'):
+            return self
+        return FusedWorkspace(self)
+
+    def overrides(self, *methods: str) -> bool:
+        """Whether the class of this layer has one of these methods of its own."""
+        return any(getattr(type(self), name) is not getattr(GlobalWorkspace, name) for name in methods)
 
     def store(self, write: MemoryWrite, x: Tensor) -> None:
         """Store the memory after a write of the tokens ``x``; the only place where the memory changes.
