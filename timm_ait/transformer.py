@@ -117,17 +117,16 @@ class AssociativeBlock(Block):
 
     def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """``x + attention(LN(x))``: (B, N, E) -> (B, N, E)."""
-        if self.mlp.has_copies():
-            self.refuse_mask(attn_mask, is_causal, "with write_scope='image' every token reads what all others wrote")
+        if (attn_mask is not None or is_causal) and self.mlp.has_copies():
+            self.refuse_mask(attn_mask, "with write_scope='image' every token reads what all others wrote")
         return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
 
-    def refuse_mask(self, attn_mask: Tensor | None, is_causal: bool, why: str) -> None:
-        """Raise a ValueError where there is a mask."""
+    def refuse_mask(self, attn_mask: Tensor | None, why: str) -> None:
+        """Raise a ValueError."""
         if not torch.jit.is_scripting():  # noqa: SIM102
             if isinstance(attn_mask, torch.fx.Proxy):  # torch.fx makes proxies of arguments that are left out too
                 return
-        if attn_mask is not None or is_causal:
-            raise ValueError(why + ': leave out attn_mask and is_causal')
+        raise ValueError(why + ': leave out attn_mask and is_causal')
 
     def forward_checkpointed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """:meth:`forward`, which saves its inputs alone for the backward pass."""
@@ -153,7 +152,8 @@ class AttentionFreeBlock(AssociativeBlock):
 
     def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """``x``: (B, N, E) -> (B, N, E)."""
-        self.refuse_mask(attn_mask, is_causal, 'blocks without self-attention take no mask')
+        if attn_mask is not None or is_causal:
+            self.refuse_mask(attn_mask, 'blocks without self-attention take no mask')
         return x
 
 
