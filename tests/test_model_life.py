@@ -208,7 +208,7 @@ def test_a_model_that_drops_patches_cannot_be_reset_to_flatten() -> None:
 def test_behind_a_stem_of_convolutions_flattened_tokens_are_counted_after_the_stem() -> None:
     model = timm.create_model('ait_tiny_conv4_32', global_pool='flatten', depth=1).eval()
     model.set_input_size((32, 32))
-    with pytest.raises(ValueError, match=r'a grid of \(8, 8\) flattened tokens, img_size=\(40, 40\) .* gives \(10, 10\)'):
+    with pytest.raises(ValueError, match=r'a grid of \(8, 8\) flattened tokens, .* gives \(10, 10\)'):
         model.set_input_size((40, 40))
     assert model(images()).shape == (3, 10)
 
@@ -259,8 +259,8 @@ def test_set_input_size_refuses_what_the_flattened_classifier_cannot_read() -> N
     model = make_model()
     before = copy.deepcopy(model)
     message = (
-        r'a grid of \(4, 4\) flattened tokens, img_size=40 with patch_size=\(8, 8\) gives \(5, 5\); create the model with '
-        r"img_size=40, or leave 'flatten' first: reset_classifier\(num_classes, global_pool='avg'\)"
+        r'a grid of \(4, 4\) flattened tokens, img_size=40 with patch_size=\(8, 8\) gives \(5, 5\); create the '
+        r"model with img_size=40, or leave 'flatten' first: reset_classifier\(num_classes, global_pool='avg'\)"
     )
     with pytest.raises(ValueError, match=message):
         model.set_input_size(40)
