@@ -48,7 +48,6 @@ def check_limits(arguments: dict[str, Any]) -> None:
     Raises:
         ValueError: With what was expected and what came.
     """
-    for name in LIMITS.keys() & arguments.keys():
-        (is_allowed, expected), value = LIMITS[name], arguments[name]
-        if not is_allowed(value):
-            raise ValueError(f'{name} must be {expected.format(value)}')
+    for name, (is_allowed, expected) in LIMITS.items():
+        if name in arguments and not is_allowed(arguments[name]):
+            raise ValueError(f'{name} must be {expected.format(arguments[name])}')

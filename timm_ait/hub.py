@@ -201,7 +201,9 @@ def build_model(
         'global_pool': args.get('gp'),
     }
     kwargs = {**known, **(args.get('model_kwargs') or {}), **model_kwargs}
-    overlay = {'num_classes': kwargs['num_classes']} | {key: args[key] for key in ('license',) if args.get(key)}
+    overlay = {'num_classes': kwargs['num_classes']}
+    if args.get('license'):
+        overlay['license'] = args['license']
     try:
         model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
     except (RuntimeError, TypeError) as error:  # no such model, no such tag, no such argument
