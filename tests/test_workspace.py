@@ -143,6 +143,15 @@ def test_heads_stand_side_by_side_before_w_o() -> None:
     torch.testing.assert_close(new, torch.tensor([[-1.0, 1.0]]) / math.sqrt(2), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [(dict(beta=0.0), 'beta must be a finite number above 0'), (dict(steps=0), 'retrieval_steps must')],
+)
+def test_a_retrieval_that_does_nothing_is_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HopfieldRetrieval(**kwargs)
+
+
 @pytest.mark.parametrize(('steps', 'expected'), [(1, 0.5), (2, math.tanh(math.log(3) / 4))])
 def test_retrieval_adds_the_softmax_of_attractors_step_by_step(steps: int, expected: float) -> None:
     # from (1, 0), softmax(+-ln(3) / 2) = (3/4, 1/4) of the attractors (1, 0) and (-1, 0) gives 1/2
