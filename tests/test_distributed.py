@@ -20,7 +20,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_ait import AssociativeTransformer, distributed
@@ -250,6 +250,18 @@ def check_sharded_data_parallel_has_the_losses_and_the_memory_of_ddp(rank: int, 
                 assert train(model, rank, range(3)) == pytest.approx(expected, rel=1e-4)
                 assert_same_on_all_ranks(memories(model))
                 torch.testing.assert_close(memories(model), memories(reference), rtol=0, atol=1e-5)
+
+
+@on_every_rank
+def check_the_first_fully_sharded_data_parallel_has_the_losses_and_the_memory_of_ddp(rank: int, world: int) -> None:
+    reference = make_model()
+    expected = train(DistributedDataParallel(reference), rank, range(3))
+    for keeps_parameters in (False, True):
+        model = make_model()
+        sharded = FullyShardedDataParallel(model, use_orig_params=keeps_parameters, device_id=torch.device('cpu'))
+        assert train(sharded, rank, range(3)) == pytest.approx(expected, rel=1e-4)
+        assert_same_on_all_ranks(memories(model))
+        torch.testing.assert_close(memories(model), memories(reference), rtol=0, atol=1e-5)
 
 
 @on_every_rank

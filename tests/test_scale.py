@@ -140,6 +140,10 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     'divided by whether there are labels': lambda x: ce(x) / (Y >= 0).any(),
     'two sums, divided by the samples': lambda x: (ce(x, reduction='sum') + x.square().sum()) / B,
     'the two sums of a VAE': lambda x: (ce(x, reduction='sum') + 0.1 * x.square().sum()) / B,
+    'a sum over classes divided by more than its elements': lambda x: (
+        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / (B * C + 1)
+    ),
+    'a sum divided by a weight': lambda x: ce(x, reduction='sum') / (WEIGHTS.sum() + 0.1),
     'a sum and a mean, divided by the samples': lambda x: (ce(x, reduction='sum') + 0.1 * z(x)) / B,
     'two heads': lambda x: ce(x) + 0.4 * ce(x.flip(0)),
     'a stack of two': lambda x: torch.stack([ce(x), ce(x.flip(0))]).mean(),
@@ -181,6 +185,11 @@ SCALED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     'accumulation of a sum': (lambda x: ce(x, reduction='sum') / B / 4, 1 / 4),
     'accumulation of a sum, at once': (lambda x: ce(x, reduction='sum') / (4 * B), 1 / 4),
     'accumulation of a sum, by a count of all items': (lambda x: ce(x, reduction='sum') / COUNT, 1 / 4),
+    'accumulation of a sum, by a count in floating point': (lambda x: ce(x, reduction='sum') / COUNT.float(), 1 / 4),
+    'accumulation of uneven batches': (lambda x: ce(x, reduction='sum') / 14, B / 14),
+    'accumulation of uneven batches, by a count': (lambda x: ce(x, reduction='sum') / torch.tensor(14.0), B / 14),
+    'accumulation to as many samples as logits': (lambda x: ce(x, reduction='sum') / (B * C), 1 / C),
+    'the same, by a count': (lambda x: ce(x, reduction='sum') / torch.tensor(B * C), 1 / C),
     'a scaler': (lambda x: ce(x) * SCALE, 1024),
     'a scaler on each term': (lambda x: ce(x) * SCALE + z(x) * SCALE, 1024),
     'a scaler on distillation': (lambda x: (0.3 * ce(x) + 0.7 * z(x)) * SCALE, 1024),
@@ -232,6 +241,21 @@ def test_a_vector_and_a_cached_gradient_count_once() -> None:
         model = Model()
         start(model())
         assert model.factor() == pytest.approx(1)
+
+
+NORMED: dict[str, Callable[[Tensor], Tensor]] = {
+    'mean and deviation': lambda x: (x - x.mean()) / x.std(),
+    'norm, with a small number': lambda x: x / (x.norm() + 1e-6),
+    'root of a mean': lambda x: x / x.square().mean().sqrt(),
+    'largest': lambda x: x - x.max(),
+}
+
+
+@pytest.mark.parametrize('norm', NORMED.values(), ids=NORMED)
+def test_statistics_before_a_loss_that_cannot_be_followed_tell_no_scale(norm: Callable[[Tensor], Tensor]) -> None:
+    model = Model()
+    norm(model()).backward(ONE_HOT)
+    assert model.factor() == pytest.approx(1)
 
 
 def test_an_operation_runs_once_with_all_its_effects() -> None:

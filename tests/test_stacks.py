@@ -27,6 +27,7 @@ from torchvision import tv_tensors
 
 import timm_ait
 from timm_ait import AssociativeTransformer, GlobalWorkspace, replay
+from timm_ait.transformer import AssociativeBlock
 
 B, CLASSES = 6, 7
 Step = Callable[[AssociativeTransformer, Tensor], Tensor]
@@ -42,7 +43,10 @@ def make_model(**kwargs: Any) -> AssociativeTransformer:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    def name_of(name: str) -> str:
+        return name.replace('_orig_mod.', '').replace('_checkpoint_wrapped_module.', '')
+
+    return {name_of(name): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def memories(model: nn.Module) -> list[Tensor]:
@@ -229,6 +233,18 @@ def run_checkpointed(wrap: Callable[[nn.Module, Tensor], Tensor], forwards: int)
     return gradients(model), memories(model)
 
 
+def wrap_blocks(model: nn.Module) -> None:
+    for name, block in model.blocks.named_children():
+        if isinstance(block, AssociativeBlock):  # not yet
+            setattr(model.blocks, name, checkpoint_wrapper(block))
+
+
+def compile_workspaces(model: nn.Module) -> None:
+    for block in model.blocks:
+        if isinstance(block.mlp, GlobalWorkspace):  # not yet
+            block.mlp = torch.compile(block.mlp, backend='eager')
+
+
 WRAPPED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     'its own': lambda m, x: (m.set_grad_checkpointing(), m(x))[1],
     'around the model': lambda m, x: checkpoint(m, x, use_reentrant=False),
@@ -239,6 +255,16 @@ WRAPPED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     'around each block': lambda m, x: m.forward_head(
         checkpoint(m.blocks[1], checkpoint(m.blocks[0], m.patch_embed(x), use_reentrant=False), use_reentrant=False)
     ),
+    'its own, and around the model': lambda m, x: (
+        m.set_grad_checkpointing(),
+        checkpoint(m, x, use_reentrant=False),
+    )[1],
+    'its own, and around the model, reentrant': lambda m, x: (
+        m.set_grad_checkpointing(),
+        checkpoint(m, x, use_reentrant=True),
+    )[1],
+    'its own, and wrappers around blocks': lambda m, x: (m.set_grad_checkpointing(), wrap_blocks(m), m(x))[2],
+    'its own, with compiled workspaces': lambda m, x: (m.set_grad_checkpointing(), compile_workspaces(m), m(x))[2],
 }
 
 
@@ -272,6 +298,19 @@ def test_checkpointing_from_outside_tells_forwards_of_like_images_apart(kwargs: 
     expected = run_twice(lambda m, x: m(x), batches, at_once, **kwargs)
     found = run_twice(lambda m, x: checkpoint(m, x, use_reentrant=False), batches, at_once, **kwargs)
     assert distance(found, expected) < 1e-9
+
+
+def test_checkpointing_from_outside_passes_over_a_forward_without_gradients() -> None:
+    def consistent(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        logits = forward(IMAGES)
+        with torch.no_grad():
+            target = model(IMAGES)
+        F.mse_loss(logits, target).backward()
+        return gradients(model)
+
+    model, twin = make_model(), make_model()
+    found = consistent(model, lambda x: checkpoint(model, x, use_reentrant=False))
+    assert distance(found, consistent(twin, twin)) < 1e-5
 
 
 def test_checkpointing_from_outside_warns_where_it_has_forgotten_the_forward() -> None:
@@ -331,6 +370,33 @@ def test_trainings_in_two_threads_keep_their_own_scales() -> None:
     with ThreadPoolExecutor(2) as pool:
         one, many = pool.map(train, (make_model(), make_model()), (1.0, 1024.0))
     assert distance({name: grad * 1024 for name, grad in one.items()}, many) < 1e-4
+
+
+def test_a_loss_that_cannot_be_followed_takes_no_scale_from_another_thread() -> None:
+    model, twin = make_model(), make_model()
+    in_the_middle, over = threading.Barrier(2), threading.Event()
+
+    def wait(grad: Tensor) -> None:
+        in_the_middle.wait(30)
+        assert over.wait(30)
+
+    def train_scaled() -> None:
+        logits = make_model()(IMAGES)
+        logits.register_hook(wait)
+        (F.cross_entropy(logits, TARGET) * 1024).backward()
+
+    def train_unseen() -> None:
+        logits = model(IMAGES)
+        in_the_middle.wait(30)
+        logits.backward(torch.ones_like(logits))
+        over.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(train_scaled), pool.submit(train_unseen)]:
+            job.result()
+    logits = twin(IMAGES)
+    logits.backward(torch.ones_like(logits))
+    assert distance(gradients(model), gradients(twin)) < 1e-4
 
 
 # Functions of functions
@@ -428,6 +494,23 @@ def test_a_parametrised_layer_of_the_write_counts() -> None:
     torch.testing.assert_close(twin.memory, layer.memory, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_whose_weight_is_packed_into_integers_is_called_with_floats() -> None:
+    class Packed(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(layer.weight.data.view(torch.uint8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.view(torch.float32).to(x.dtype))
+
+    model, plain = make_model(), make_model()
+    for block in model.blocks:
+        for name in ('query', 'key', 'value', 'proj'):
+            setattr(block.mlp, name, Packed(getattr(block.mlp, name)))
+    torch.testing.assert_close(model(IMAGES).detach(), plain(IMAGES).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(memories(model), memories(plain), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings('ignore:.*torch.ao.quantization is deprecated:DeprecationWarning')
 @pytest.mark.filterwarnings('ignore:.*quantized tensor.*:UserWarning')
 @pytest.mark.parametrize('name', ['test_ait', 'ait_tiny_conv4_32'])  # the second one has a memory for each image
@@ -482,11 +565,41 @@ def test_on_the_meta_device_a_training_step_gives_shapes() -> None:
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
+def keep_parameters_elsewhere(layer: nn.Module) -> None:
+    """As DataParallel and FSDP1 do: the weights become attributes."""
+    for module in layer.modules():
+        for name, parameter in list(module._parameters.items()):
+            del module._parameters[name]
+            setattr(module, name, None if parameter is None else parameter * 1)
+
+
 def test_a_replica_of_data_parallel_is_refused() -> None:
     model = make_model()
+    keep_parameters_elsewhere(model.blocks[0].mlp)
     model.blocks[0].mlp._is_replica = True  # as torch.nn.parallel.replicate marks its copies
     with pytest.raises(ValueError, match='use DistributedDataParallel'):
         model(IMAGES)
+
+
+def test_a_layer_whose_parameters_are_kept_elsewhere_writes() -> None:
+    model, twin = make_model(), make_model()
+    for block in model.blocks:
+        keep_parameters_elsewhere(block.mlp)
+    for each in (model, twin):
+        F.cross_entropy(each(IMAGES), TARGET).backward()
+    torch.testing.assert_close(memories(model), memories(twin))
+    left = gradients(model)
+    assert distance(left, {name: grad for name, grad in gradients(twin).items() if name in left}) < 1e-5
+
+
+def test_the_balance_loss_of_one_model_by_hand_leaves_that_of_another_alone() -> None:
+    student, by_hand, twin = make_model(), make_model(), make_model()
+    by_hand.auto_balance = False
+    loss = F.cross_entropy(student(IMAGES), TARGET) + F.cross_entropy(by_hand(IMAGES), TARGET)
+    (loss + by_hand.balance_loss()).backward()
+    F.cross_entropy(twin(IMAGES), TARGET).backward()
+    assert distance(gradients(student), gradients(twin)) < 1e-5
+    assert distance(gradients(by_hand), gradients(twin)) < 1e-5
 
 
 # Private names of PyTorch: which file needs them

@@ -18,8 +18,9 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.autograd import Function, Variable
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .scale import Forward, Loss, Term, Track, follow
+from .scale import Forward, Loss, Part, Term, Track, follow
 
 __all__ = ['TrackedTensor', 'attach', 'hand_out', 'is_backward_running', 'plain', 'track']
 
@@ -48,10 +49,12 @@ class _Pass:
     Attributes:
         scale: Factor of the balance loss.
         loss: Where it was found; None where balance_loss() itself is in the loss.
+        thread: Which runs it.
     """
 
     scale: float | Tensor
     loss: Loss | None
+    thread: int = field(default_factory=get_ident)
 
 
 # Backward passes that run now, by the number of their graph task: checkpointing starts inner ones, of higher numbers.
@@ -81,8 +84,8 @@ def _end(task: int, running: _Pass) -> None:
 
 
 def _innermost() -> _Pass | None:
-    running = _passes.get(torch._C._current_graph_task_id())  # of this thread
-    return running or (_passes[max(_passes)] if _passes else None)
+    outer = [task for task, running in _passes.items() if running.thread == get_ident()]
+    return _passes.get(torch._C._current_graph_task_id()) or (_passes[max(outer)] if outer else None)
 
 
 def attach(memory: Tensor, balance_loss: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ class _State:
 
     def __init__(self, balance_loss: Tensor) -> None:
         self.balance_loss = balance_loss
-        self.counted: frozenset[int] | None = None
+        self.counted: frozenset[Part] | None = None
         self.is_half = _is_half(balance_loss)
 
     def scale(self) -> float | Tensor:
@@ -340,7 +343,7 @@ def _tracked(x: Tensor, known: Track, is_changed: bool = False) -> TrackedTensor
 
 def _report(loss: Loss, tensor: Any, grad: Tensor) -> None:
     """Tell the scale of the running backward pass, unless a loss that stands nearer to its start has done so."""
-    if torch._C._current_graph_task_id() in _passes:
+    if torch._C._current_graph_task_id() in _passes or loss.is_statistic:
         return
     found = tensor()  # a compiled layer cannot ask by itself
     is_counted = found is None or _asks_for_parameters(found)

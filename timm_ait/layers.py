@@ -60,7 +60,7 @@ def is_hooked(layer: nn.Module) -> bool:
 def call_wide(layer: Any, x: Tensor) -> Tensor:
     """A norm, or a linear layer without bias, in the dtype of its input: wider than its own in a narrow model."""
     if not is_plain(layer):
-        like = next(layer.parameters(), x)  # a quantised layer has none
+        like = next((p for p in layer.parameters() if p.is_floating_point()), x)  # a quantised layer may have none
         return layer(x.to(like.dtype)).to(x.dtype)
     if isinstance(layer, nn.LayerNorm):
         return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)

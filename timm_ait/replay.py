@@ -65,12 +65,14 @@ class _Forward:
         shape: Of its input.
         sample: (n,) some elements of its input.
         before: (M, D) the memory before the write.
+        has_graph: Whether it ran with gradients.
         repeats: How often it was repeated.
     """
 
     shape: torch.Size
     sample: Tensor
     before: Tensor
+    has_graph: bool
     repeats: int = 0
 
 
@@ -84,7 +86,7 @@ class Replay:
 
     Gradient checkpointing around a layer or a model runs a forward a second time, inside the backward pass. The second
     run must start from the same memory, and must not write. A sample of the input tells which forward it repeats; of
-    several with the same input, the newest one that was repeated least.
+    several with the same input, the newest one with gradients that was repeated least.
 
     Where a backward pass adds the balance loss by itself, its graph lives no longer than the output of the forward:
     here is a weak reference, and the value. Else it lives until the next forward, for whoever adds it to a loss.
@@ -102,7 +104,7 @@ class Replay:
             self._loss = balance_loss
             return
         self._loss = weakref.ref(balance_loss) if is_automatic else balance_loss
-        self._forwards.append(_Forward(x.shape, _sample(x).clone(), before))
+        self._forwards.append(_Forward(x.shape, _sample(x).clone(), before, has_graph=x.requires_grad))
 
     def memory_before(self, x: Tensor) -> Tensor:
         """The memory (M, D) from which the forward of the tokens ``x`` (B, N, E) started.
@@ -123,7 +125,8 @@ class Replay:
         if nearest > FAR * size:
             warnings.warn(FORGOTTEN, stacklevel=2)
         repeats = [forward for forward, distance in zip(alike, distances, strict=True) if distance == nearest]
-        repeated = min(repeats, key=lambda forward: forward.repeats)  # backward passes go from the newest to the oldest
+        # Backward passes go from the newest to the oldest. A forward without gradients is seldom repeated.
+        repeated = min(repeats, key=lambda forward: (not forward.has_graph, forward.repeats))
         repeated.repeats += 1
         return repeated.before
 

@@ -8,8 +8,8 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
 - a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b`` and ``0.3 * a + 0.7 * b`` have 1,
   with numbers and with tensors;
 - the first division of a sum over elements takes their mean: ``x.sum() / n`` has 1 for any n, and so has
-  ``cross_entropy(..., reduction='sum') / B`` for B samples, but 1/4 where the number is four times as large; other
-  terms may stand beside the sum;
+  ``cross_entropy(..., reduction='sum') / B`` for B samples, but B/N for any whole number N above B, as that of all
+  samples of an accumulated batch; other terms may stand beside the sum;
 - n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
 - a loss that meets larger outputs again, as in ``x - x.mean()``, was a statistic of them, and no loss;
 - the sign does not matter, and neither does a term that is no loss.
@@ -19,14 +19,13 @@ What cannot be told apart counts as scaling.
 
 import math
 from dataclasses import dataclass, field, replace
-from itertools import count
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ['Forward', 'Loss', 'Term', 'Track', 'follow']
+__all__ = ['Forward', 'Loss', 'Part', 'Term', 'Track', 'follow']
 
 # Names of torch functions and of the operators of tensors, without underscores, by what they do to a loss.
 OPERATIONS = {
@@ -40,7 +39,16 @@ MOVES = frozenset(
     'expand expand_as get t transpose permute movedim flip roll getitem select narrow index_select split chunk unbind '
     'neg stack cat setitem copy index_put index_copy scatter masked_scatter'.split()
 )
-_numbers = count()
+
+
+class Part:
+    """A loss as it was first computed, before anything scaled it or added others.
+
+    Attributes:
+        is_statistic: Whether it has met larger outputs again.
+    """
+
+    is_statistic = False
 
 
 class Forward:
@@ -51,7 +59,7 @@ class Forward:
     """
 
     def __init__(self) -> None:
-        self.counted: frozenset[int] = frozenset()
+        self.counted: frozenset[Part] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -84,11 +92,16 @@ class Loss:
 
     Attributes:
         terms: At least one.
-        parts: Numbers of all the losses that it was computed from.
+        parts: All the losses that it was computed from.
     """
 
     terms: tuple[Term, ...]
-    parts: frozenset[int] = field(default_factory=lambda: frozenset({next(_numbers)}))
+    parts: frozenset[Part] = field(default_factory=lambda: frozenset({Part()}))
+
+    @property
+    def is_statistic(self) -> bool:
+        """Whether all of it were statistics of larger outputs."""
+        return all(part.is_statistic for part in self.parts)
 
     def scale(self, grad: Tensor) -> float | Tensor:
         """Factor of the balance loss in a backward pass.
@@ -131,8 +144,10 @@ def _scaled_by_number(term: Term, by: Any, is_division: bool) -> Term:
     if term.summed and divisor > 1 and (not term.is_sum_of_losses or math.isclose(divisor, term.summed[0])):
         elements, items = term.summed
         times = divisor / items if items else 0
-        is_multiple = times >= 1 and math.isclose(times, round(times)) and not math.isclose(divisor, elements)
-        return replace(term, scale=term.scale / (times if is_multiple else 1), summed=None)
+        is_whole = math.isclose(divisor, round(divisor))
+        if elements != items:  # a number of something else, such as boxes, seldom is a multiple
+            is_whole = is_whole and math.isclose(times, round(times)) and not math.isclose(divisor, elements)
+        return replace(term, scale=term.scale / (times if times >= 1 and is_whole else 1), summed=None)
     return replace(term, scale=term.scale / by) if is_division else replace(term, weight=term.weight * by)
 
 
@@ -141,8 +156,10 @@ def _scaled_by_tensor(term: Term, by: Tensor, is_division: bool) -> Term:
     by = by.float() if by.dtype == torch.bool else by.abs()
     if is_division and term.summed and not term.is_sum_of_losses:
         elements, items = term.summed
-        is_multiple = (by % max(items, 1) == 0) & (by != elements) & (items > 0 and not by.is_floating_point())
-        factor, term = torch.where(is_multiple, items / by, 1.0), replace(term, summed=None)
+        is_whole = (by == by.round()) & (by >= items) & (items > 0)
+        if elements != items:
+            is_whole = is_whole & (by % max(items, 1) == 0) & (by != elements) & (not by.is_floating_point())
+        factor, term = torch.where(is_whole, items / by, 1.0), replace(term, summed=None)
     else:
         factor = 1 / by if is_division else by.float()
     return replace(term, factor=factor if term.factor is None else factor * term.factor.to(factor.device))
@@ -189,6 +206,8 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
             if tracked[0].ndim > 0:  # of one sample too: what divides it from now on scales it
                 loss = replace(loss, terms=tuple(replace(term, summed=None) for term in loss.terms))
         return Track(forwards, kind, loss)
+    for part in (part for loss in losses for part in loss.parts):
+        part.is_statistic = True
     kind = kind if op in MOVES else (*kind, op)
     if result.numel() > 1 or (tracked[0].numel() == 1 and (op in MOVES or op in ('mul', 'div', 'add'))):
         return Track(forwards, kind)
@@ -198,7 +217,7 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
     elif kwargs.get('reduction') == 'sum':
         labels = [x for x in args[1:2] if isinstance(x, Tensor) and not x.is_floating_point()]
         items = labels[0].numel() if labels else tracked[0].shape[0] if tracked[0].ndim else 1
-        summed = (tracked[0].numel(), max(items, 1))
+        summed = (items if labels else tracked[0].numel(), max(items, 1))
     return Track(forwards, kind, Loss((Term(kind, forwards, summed=summed),)))
 
 

@@ -17,7 +17,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from .arguments import WORKSPACE_ARGS
-from .balance import plain, track
+from .balance import is_backward_running, plain, track
 from .fused import FusedWorkspace
 from .layers import OutputNorm, is_hooked, is_plain
 from .replay import snapshot
@@ -130,8 +130,11 @@ class AssociativeBlock(Block):
 
     def forward_checkpointed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """:meth:`forward`, which saves its inputs alone for the backward pass."""
-        if not self.mlp.is_writing() or is_hooked(self.mlp):  # hooks belong to a call of the layer, not to its step
+        workspace: Any = getattr(self.mlp, '_orig_mod', self.mlp)  # a compiled layer's forward is replaced: no hook
+        if not workspace.is_writing() or is_hooked(workspace):  # hooks belong to a call of the layer, not to its step
             return checkpoint(self.forward_once, x, attn_mask, is_causal)
+        if is_backward_running():  # of a checkpoint around this block
+            return checkpoint(self.step, x, self.mlp.replay.memory_before(x), attn_mask, is_causal)[0]
         new, *write = checkpoint(self.step, x, snapshot(self.mlp.memory), attn_mask, is_causal)
         self.mlp.store(MemoryWrite(*write), x)
         return new
@@ -203,6 +206,8 @@ class AssociativeTransformer(VisionTransformer):
         check_divisible(img_size, patch_size, vit_args.get('dynamic_img_pad', False))
         if not isinstance(attention, bool):
             raise ValueError(f'attention must be True or False, got {attention!r}')
+        if vit_args.get('depth', 12) < 1:
+            raise ValueError(f'depth must be at least 1, got {vit_args["depth"]}')
         flatten = global_pool == 'flatten'
         if flatten:
             _check_fixed_tokens(vit_args.get('dynamic_img_size', False), vit_args.get('patch_drop_rate', 0.0))

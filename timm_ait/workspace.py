@@ -431,7 +431,11 @@ class GlobalWorkspace(nn.Module):
         """Whether a forward would write, in the present mode."""
         if self.write_mode == 'always':
             return True
-        return self.training and self.write_mode == 'train' and any(p.requires_grad for p in self.parameters())
+        return self.training and self.write_mode == 'train' and not self._is_frozen()
+
+    def _is_frozen(self) -> bool:
+        """Whether the layer has parameters, and all are frozen. FSDP1 and DataParallel keep them elsewhere."""
+        return not any(p.requires_grad for p in self.parameters()) and next(self.parameters(), None) is not None
 
     def adds_balance_loss(self) -> bool:
         """Whether a backward pass through the next forward would add the gradient of its balance loss."""
@@ -444,7 +448,9 @@ class GlobalWorkspace(nn.Module):
         loss that it was added to does not add its gradient a second time.
         """
         loss = self.replay.balance_loss()
-        return self.memory.new_zeros(()) if loss is None else hand_out(loss)
+        if loss is None:
+            return self.memory.new_zeros(())
+        return hand_out(loss) if self.auto_balance else loss
 
     def reset_parameters(self) -> None:
         """Start from the first memory, and from the initial scale."""
