@@ -114,6 +114,7 @@ def test_an_unknown_keyword_is_a_type_error_that_names_it(layout: str) -> None:
     ('layout', 'kwargs', 'message'),
     [
         ('vit', dict(bottleneck=0), 'bottleneck must be an integer of at least 1, got 0; leave it out'),
+        ('vit', dict(depth=0), 'depth must be at least 1, got 0'),
         ('vit', dict(num_slots=0), 'num_slots must be an integer of at least 1, got 0; leave it out'),
         ('paper', dict(beta=0), 'beta must be a finite number above 0, got 0; the paper uses 1.0'),
         ('paper', dict(memory_decay=2), r'memory_decay must be a number in \[0, 1\], got 2; the paper uses 0.9'),
@@ -148,6 +149,16 @@ def test_narrow_weights_take_wide_images_under_autocast(layout: str) -> None:
 def test_a_size_that_the_convolutional_stem_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r'got \(33, 33\) and \(4, 4\); the nearest sizes below are \(32, 32\)'):
         timm.create_model('ait_tiny_conv4_32', img_size=33)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(patch_size=2), dict(patch_size=2, dynamic_img_pad=True)], ids=str)
+@pytest.mark.parametrize('size', [(32, 32), (33, 33), (41, 24), (35, 30)])
+def test_the_convolutional_stem_tells_the_grid_of_any_image(size: tuple[int, int], kwargs: dict[str, Any]) -> None:
+    model = timm.create_model('ait_tiny_conv4_32', dynamic_img_size=True, depth=1, **kwargs).eval()
+    x, h, w = torch.randn(1, 3, *size), *model.patch_embed.dynamic_feat_size(size)
+    with torch.no_grad():
+        assert model.forward_features(x).shape == (1, h * w, 192)
+        assert model.forward_intermediates(x, intermediates_only=True)[0].shape == (1, 192, h, w)
 
 
 def test_the_convolutional_stem_has_channels_and_size_of_the_config() -> None:

@@ -121,6 +121,8 @@ def test_the_demo_prints_the_commands_of_its_run(ran: tuple[Path, str]) -> None:
     args = argparse.Namespace(device='cpu', epochs=1, batch_size=64, workers=1)
     for command in demo.commands(Path('out/digits'), args):
         assert command in ran[1]
+    assert '--epochs 1 ' in ran[1]
+    assert '--warmup-epochs 0 ' in ran[1], 'the only epoch is no warm-up'
 
 
 @pytest.mark.skipif(

@@ -283,6 +283,11 @@ def test_a_model_of_one_channel_sees_grey_images(photos: Path) -> None:
         visualize.visualize(model, x, pictures=0)
 
 
+def test_a_model_of_other_channels_is_refused_where_a_folder_is_read(photos: Path) -> None:
+    with pytest.raises(ValueError, match=r'have 1 or 3 channels, the model takes 6; call .* with a tensor'):
+        visualize.read_images(photos, timm.create_model('test_ait', in_chans=6), 2)
+
+
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     Image.new('RGB', (SIDE, SIDE)).save(tmp_path / 'whole.jpg')
     (tmp_path / 'half.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:100])

@@ -154,6 +154,9 @@ class AssociativeRecall(DrawnImages):
         joined: bool = False,
     ) -> None:
         super().__init__(split, size, seed)
+        for value in (grid, patch_size, num_pairs, num_keys, num_values):
+            _check(isinstance(value, int), 'a whole number', value)
+        _check(grid > 1, 'a grid of at least 2', grid)
         room = (grid * grid - 1) // (1 if joined else 2)
         _check(0 < num_pairs <= room, f'num_pairs from 1 to {room}, what {grid}x{grid} patches hold', num_pairs)
         _check(num_pairs <= num_keys < 2**16, f'num_keys from num_pairs, {num_pairs}, to {2**16 - 1}', num_keys)

@@ -29,7 +29,7 @@ from timm_ait.report import watch
 
 MODEL = 'ait_tiny_conv4_32'
 CLASSES = 10
-LR, WEIGHT_DECAY, WARMUP_EPOCHS = 1e-3, 0.05, 1
+LR, WEIGHT_DECAY = 1e-3, 0.05
 SCRIPTS = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{version}'
 
 
@@ -127,7 +127,7 @@ def fit(model: nn.Module, folder: Path, args: argparse.Namespace) -> float:
     scheduler, epochs = create_scheduler_v2(
         optimizer,
         num_epochs=args.epochs,
-        warmup_epochs=min(WARMUP_EPOCHS, args.epochs - 1),
+        warmup_epochs=warmup_epochs(args),
         warmup_lr=LR / 100,
         step_on_epochs=False,
         updates_per_epoch=len(train_loader),
@@ -201,6 +201,11 @@ def _draw_slots(figure: Any, usage: Tensor, reports: list[BlockReport]) -> None:
     axes[0].set_ylabel('mean attention, %')
 
 
+def warmup_epochs(args: argparse.Namespace) -> int:
+    """One, unless it were the only epoch."""
+    return min(1, args.epochs - 1)
+
+
 def commands(data: Path, args: argparse.Namespace) -> list[str]:
     """List the commands that do the same with the scripts of timm, for the image folder ``data``."""
     common = (
@@ -212,7 +217,7 @@ def commands(data: Path, args: argparse.Namespace) -> list[str]:
         f'curl --remote-name-all {scripts}/train.py {scripts}/validate.py',
         f'python train.py --device-modules timm_ait {common} --pretrained '
         f'--epochs {args.epochs} --batch-size {args.batch_size} '
-        f'--opt adamw --lr {LR} --weight-decay {WEIGHT_DECAY} --sched-on-updates --warmup-epochs {WARMUP_EPOCHS} '
+        f'--opt adamw --lr {LR} --weight-decay {WEIGHT_DECAY} --sched-on-updates --warmup-epochs {warmup_epochs(args)} '
         f'--warmup-lr {LR / 100} --cooldown-epochs 0 --scale 0.7 1.0 --hflip 0 --smoothing 0 '
         '--output output --experiment own',
         f'python -m timm_ait validate.py {common} --checkpoint output/own/model_best.pth.tar',

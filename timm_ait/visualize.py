@@ -40,7 +40,8 @@ def read_images(folder: str | os.PathLike[str], model: nn.Module, count: int) ->
     """At most ``count`` images (B, C, H, W), evenly spread over a folder and its subfolders, as the model takes them.
 
     Raises:
-        ValueError: If there is no such folder, no image in it, or one that cannot be read.
+        ValueError: If there is no such folder, no image in it, or one that cannot be read; if the model does not take
+            one or three channels.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -49,7 +50,11 @@ def read_images(folder: str | os.PathLike[str], model: nn.Module, count: int) ->
     if not paths:
         raise ValueError(f'{folder} holds no images; give a folder with .jpg or .png files, or folders of them')
     channels: Any = model.in_chans
-    config, mode = resolve_model_data_config(model), MODES.get(channels, 'RGB')
+    if channels not in MODES:
+        raise ValueError(
+            f'image files have 1 or 3 channels, the model takes {channels}; call visualize(model, images) with a tensor'
+        )
+    config, mode = resolve_model_data_config(model), MODES[channels]
     if mode == 'L':  # timm's config may still have the numbers of three channels
         config |= {key: (statistics.mean(config[key]),) for key in ('mean', 'std')}
     transform = create_transform(**config)
