@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from baselines import LIKE_VIT_B, Baseline, Head, Stem
+from baselines import HEADS, LIKE_VIT_B, Baseline, Head, Stem
 from memory import ADDITIVE, IMAGE, NoMemory
 from mixers import CrossAttention, ViT
 from runs import count_parameters
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from timm_ait import AssociativeTransformer, GlobalWorkspace, NormalizedPatchEmbed, RelationalTransformer
 from timm_ait.layers import rms_norm
 
-HEADS = ('flatten', 'avg')
 ALL_TOKENS = 2**31  # a bottleneck that no batch reaches
 SIZES: dict[str, Any] = dict(LIKE_VIT_B, depth=2)  # of the paper's ablations
 REGISTERS = 'vit_registers'
@@ -168,7 +167,7 @@ def create(
     sizes = {**SIZES, **sizes}
     if name == REGISTERS:
         stem = Stem(img_size, patch_size, in_chans, sizes['embed_dim'], pos_embed, question_dim)
-        last = Head(head, stem.num_tokens, sizes['embed_dim'], sizes['num_heads'], num_classes)
+        last = Head(head, stem.num_tokens, sizes['embed_dim'], num_classes)
         return Baseline(stem, RegisterViT(**sizes), last)
     ablation = ABLATIONS[name]
     if question_dim:

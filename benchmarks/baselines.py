@@ -10,14 +10,14 @@ from typing import Any
 
 import timm
 import torch
-from mixers import AttentionBlock, Coordination, Mixer, Perceiver, SetTransformer, ViT
-from timm.layers import Mlp, trunc_normal_
+from mixers import Coordination, Mixer, Perceiver, SetTransformer, ViT
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from timm_ait import NormalizedPatchEmbed  # and registers the models
 from timm_ait.balance import attach, track
 
-HEADS = ('flatten', 'avg', 'pma')
+HEADS = ('flatten', 'avg')
 
 LIKE_VIT_B: dict[str, Any] = dict(embed_dim=768, num_heads=12, mlp_ratio=4.0)
 SMALL: dict[str, Any] = dict(embed_dim=256, depth=4, num_heads=4, mlp_ratio=2.0)
@@ -79,20 +79,6 @@ class Stem(nn.Module):
         return x
 
 
-class AttentionPool(nn.Module):
-    """``PMA_1(Z) = MAB(S, rFF(Z))``: what one learned query reads in the tokens (Set Transformer, equation 11)."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.seed = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, dim)))
-        self.rff = Mlp(dim, act_layer=nn.ReLU)
-        self.mab = AttentionBlock(dim, num_heads, mlp_ratio=1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, E) -> (B, 1, E)."""
-        return self.mab(self.seed.expand(len(x), -1, -1), self.rff(x))
-
-
 class MeanPool(nn.Module):
     """The mean token."""
 
@@ -102,17 +88,13 @@ class MeanPool(nn.Module):
 
 
 class Head(nn.Module):
-    """LayerNorm and Linear over the flattened tokens ('flatten'), their mean ('avg') or an attention pool ('pma')."""
+    """LayerNorm and Linear over the flattened tokens ('flatten') or their mean ('avg')."""
 
-    def __init__(self, pool: str, num_tokens: int, embed_dim: int, num_heads: int, num_classes: int) -> None:
+    def __init__(self, pool: str, num_tokens: int, embed_dim: int, num_classes: int) -> None:
         super().__init__()
         if pool not in HEADS:
             raise ValueError(f'expected a head out of {HEADS}, got {pool!r}')
-        self.pool: nn.Module = nn.Identity()
-        if pool == 'avg':
-            self.pool = MeanPool()
-        elif pool == 'pma':
-            self.pool = AttentionPool(embed_dim, num_heads)
+        self.pool = MeanPool() if pool == 'avg' else nn.Identity()
         width = (num_tokens if pool == 'flatten' else 1) * embed_dim
         self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, num_classes)
 
@@ -156,7 +138,7 @@ def create(
         num_classes: Classes or answers.
         question_dim: Bits of a question, 0 for no questions.
         pos_embed: Whether tokens say where they are. In the paper they do not.
-        head: What the classifier reads: 'flatten' for all tokens, as in the paper, 'avg' or 'pma'.
+        head: What the classifier reads: 'flatten' for all tokens, as in the paper, or 'avg'.
         sizes: Instead of those of the catalogue; arguments of the class in `mixers.py`.
 
     Raises:
@@ -169,7 +151,7 @@ def create(
     stem = Stem(img_size, patch_size, in_chans, sizes['embed_dim'], pos_embed, question_dim)
     mixer = mixer_class(**sizes)
     num_tokens = mixer.num_outputs(stem.num_tokens)
-    return Baseline(stem, mixer, Head(head, num_tokens, sizes['embed_dim'], sizes['num_heads'], num_classes))
+    return Baseline(stem, mixer, Head(head, num_tokens, sizes['embed_dim'], num_classes))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -96,6 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     args: argparse.Namespace = parser.parse_args(argv)
     if args.table is None or len(args.seeds) != 1:
         parser.error('give a table and one seed')
+    given = [f'--{name}' for name in ('rows', 'minutes', 'show') if getattr(args, name) != parser.get_default(name)]
+    if given:
+        parser.error(f'{", ".join(given)}: this script trains ait alone, to the end; leave them out')
     with told(parser, args.out):
         run(tables.complete(args, argv, 'batch_sizes.py'))
 
@@ -106,8 +109,9 @@ def run(args: argparse.Namespace) -> None:
     (seed,), data = args.seeds, tables.TASKS[args.table].data
     arguments = tables.settings_of(args)
     training: dict[str, Any] = {}
+    checkpoint = None
     if args.weights is None:
-        model, settings, fitted, _ = tables.train('ait', seed, args, data(args, 'train', args.train))
+        model, settings, fitted, checkpoint = tables.train('ait', seed, args, data(args, 'train', args.train))
         training = fitted.record()
     else:
         model, settings = load(args.weights)
@@ -118,6 +122,8 @@ def run(args: argparse.Namespace) -> None:
     print(batch_table(found))
     results = {'seed': seed, 'batch_sizes': found, 'command': args.command, **training}
     write_record(args.out / 'batch_sizes.json', arguments, results)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == '__main__':

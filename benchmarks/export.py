@@ -22,7 +22,7 @@ from statistics import median
 import timm
 import torch
 from loop import accuracy, sample_folder
-from record import write_record
+from record import positive, told, write_record
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -189,13 +189,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--pretrained', action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument('--formats', nargs='+', choices=FORMATS, default=list(FORMATS), metavar='FORMAT')
     parser.add_argument('--data', type=Path, help='folder with a folder of images for each class')
-    parser.add_argument('--images', type=int, default=2000, help='how many of them')
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--rounds', type=int, default=11)
-    parser.add_argument('--turns', type=int, default=5, help='batches in a turn')
-    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--images', type=positive, default=2000, help='how many of them')
+    parser.add_argument('--batch-size', type=positive, default=64)
+    parser.add_argument('--rounds', type=positive, default=11)
+    parser.add_argument('--turns', type=positive, default=5, help='batches in a turn')
+    parser.add_argument('--threads', type=positive, default=1)
     parser.add_argument('--out', type=Path, help='JSON file for the numbers')
     args = parser.parse_args(argv)
+    with told(parser, args.out and args.out.parent):
+        run_all(args)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Measure, print, and write the numbers where the command line says so."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     with warnings.catch_warnings():  # what exporters say of themselves

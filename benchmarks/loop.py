@@ -6,6 +6,7 @@ bit.
 
 import math
 import pickle
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -165,7 +166,9 @@ def fit(
                 run.train(batch)
                 bar.update()
                 if run.step % per_epoch == 0 or run.step == run.steps:
-                    bar.set_postfix(run.end_epoch())
+                    bar.set_postfix(seen := run.end_epoch())
+                    if bar.disable:  # no terminal, but perhaps a log
+                        print(f'{name}: {run.step} of {run.steps} steps, {seen}', file=sys.stderr, flush=True)
                 if checkpoint is not None and (run.step % (save_every or per_epoch) == 0 or run.step == run.steps):
                     write_whole(checkpoint, partial(torch.save, run.state()))
                 if run.step == run.steps:
@@ -194,11 +197,14 @@ class Run:
         seconds: How long it has taken, over all its sittings, up to the last end of one.
         commits: Of the code of each sitting that trained.
         data: Checksum of the data, None where they are drawn.
+        first_weights: A number that stands for them.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, steps: int, images: int, data: str | None) -> None:
         self.model, self.settings, self.steps, self.data = model.train(), settings, steps, data
-        self.identity = {**asdict(settings), 'steps': steps, 'images': images, 'data': data}
+        self.first_weights = weight_sum(model)
+        own = dict(steps=steps, images=images, data=data, first_weights=self.first_weights)
+        self.identity = {**asdict(settings), **own}
         self.optimizer = create_optimizer_v2(
             model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -266,7 +272,13 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Return what is written beside a result."""
-        return {'log': self.log, 'seconds': round(self.seconds, 2), 'commits': self.commits, 'data': self.data}
+        return {
+            'log': self.log,
+            'seconds': round(self.seconds, 2),
+            'commits': self.commits,
+            'data': self.data,
+            'first_weights': self.first_weights,
+        }
 
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._start
@@ -280,7 +292,8 @@ class Run:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: If it was made with other settings, other images, or by an older version, or if it is damaged.
+            ValueError: If it was made with other settings, images or first weights, or by an older version, or if it is
+                damaged.
         """
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)
@@ -290,7 +303,7 @@ class Run:
         if missing:
             raise ValueError(f'{path} lacks {", ".join(missing)}: an older version wrote it; remove the file')
         saved = state['identity']
-        differ = [f'{key}={saved.get(key)}' for key, value in self.identity.items() if saved.get(key) != value]
+        differ = [f'{key}={saved[key]}' for key, value in self.identity.items() if saved.get(key, value) != value]
         if differ:
             raise ValueError(f'{path} is of a run with {", ".join(differ)}; use the same settings or remove the file')
         self.step, self.log, self.seconds = state['step'], state['log'], state['seconds']
@@ -360,6 +373,14 @@ def normalize(images: Tensor, settings: Settings) -> Tensor:
         return images
     mean, std = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (settings.mean, settings.std))
     return (images / 255 - mean) / std
+
+
+def weight_sum(model: nn.Module) -> float:
+    """The absolute values of all weights, summed and rounded: another number for another start of a model.
+
+    Rounded, since processors differ in the last digit of a random number.
+    """
+    return float(f'{sum(p.detach().double().abs().sum().item() for p in model.parameters()):.6g}')
 
 
 def checksum(data: Data) -> str | None:

@@ -134,12 +134,12 @@ def _time(side: Side, number: int) -> float:
     return (timer() - start) / number
 
 
-def compare_bytes(name: str, sides: Sides, measure: Callable[[Side], int], goal: float | None = None) -> Row:
-    """Measure the bytes of both sides. Only one side exists at a time, so that no bytes are counted for the other."""
+def compare_bytes(name: str, sides: Sides, goal: float | None = None) -> Row:
+    """Measure the peak memory of both sides. Only one exists at a time, so that no bytes of the other are counted."""
     costs = []
     for build in sides:
         side = build()
-        costs.append([measure(side) / side.items])
+        costs.append([peak_bytes(side) / side.items])
         del side
         release()
     return Row(name, 'bytes', goal, False, costs[0], costs[1])

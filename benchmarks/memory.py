@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from loop import Settings, checksum, evaluate, fit, load
-from record import check_same, read_records, told, write_record
-from runs import count_parameters, draw_rows, format_gains, gains, interval, run_each, top1_of
+from record import check_same, positive, read_records, told, write_record
+from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
 from torch import Tensor, nn
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
@@ -157,23 +157,21 @@ def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
     for setting, rows in found.items():
         for variant, seeds in rows.items():
             top1, control = top1_of(seeds), top1_of(rows.get('none', {}))
-            values = list(top1.values())
-            spread = f' ± {interval(values):.2f}' if len(values) > 1 else ''
             loss = statistics.mean(record['log'][-1]['loss'] for record in seeds.values())
             blocks = [block for record in seeds.values() for block in record['memory']]
             mean = {key: statistics.mean(block[key] for block in blocks) for key in (blocks[0] if blocks else ())}
             slots = f'{mean["mean_cosine"]:.2f}, {mean["effective_rank"]:.1f}' if mean else ''
             varies = f'{100 * mean["varies_over_tokens"]:.0f}' if mean else ''
-            less = '' if variant == 'none' else format_gains(gains(top1, control))
+            less = '' if variant == 'none' else format_mean(gains(top1, control), '+')
             parameters = next(iter(seeds.values()))['parameters'] / 1e6
             lines.append(
                 f'| {setting} | {variant} | {parameters:.2f} | {len(seeds)} '
-                f'| {statistics.mean(values):.2f}{spread} | {less} | {loss:.3f} | {slots} | {varies} |'
+                f'| {format_mean(list(top1.values()))} | {less} | {loss:.3f} | {slots} | {varies} |'
             )
     lines += ['', '| setting | memory | less that of | difference |', '|---|---|---|---|']
     for setting, rows in found.items():
         for variant, other in (pair for pair in PAIRS if set(pair) <= rows.keys()):
-            less = format_gains(gains(top1_of(rows[variant]), top1_of(rows[other])))
+            less = format_mean(gains(top1_of(rows[variant]), top1_of(rows[other])), '+')
             lines.append(f'| {setting} | {variant} | {other} | {less} |')
     return '\n'.join(lines)
 
@@ -205,14 +203,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--attention', action='store_true', help='with self-attention')
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
     parser.add_argument('--minutes', type=float, help='stop after so many, to go on at the next call')
-    parser.add_argument('--width', type=int, default=128)
-    parser.add_argument('--depth', type=int, default=2)
+    parser.add_argument('--width', type=positive, default=128)
+    parser.add_argument('--depth', type=positive, default=2)
     parser.add_argument('--images', type=int, default=1000, help='for training, per class')
     parser.add_argument('--test-images', type=int, default=1000, help='per class')
     parser.add_argument('--epochs', type=int, default=6)
     parser.add_argument('--batch-size', type=int, default=128)
     parser.add_argument('--lr', type=float, default=1e-3)
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--threads', type=positive, default=torch.get_num_threads())
     return parser
 
 
@@ -233,6 +231,8 @@ def run_all(args: argparse.Namespace) -> None:
         print(table(found))
         draw(found, args.show / 'memory.png')
         return
+    if args.width % SHAPE['num_heads']:
+        raise ValueError(f'--width must be a multiple of the {SHAPE["num_heads"]} heads, got {args.width}')
     torch.set_num_threads(args.threads)
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     this, there = Path('this run'), read_records(args.out, RESULT, '*-w*-d*.json')

@@ -38,21 +38,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_record(path: Path, arguments: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+def write_record(path: Path, arguments: dict[str, Any], results: dict[str, Any]) -> None:
     """Write environment, arguments and results as JSON: all of it, or nothing if the process is killed meanwhile.
 
     Args:
         path: File to write; its folder is created.
         arguments: Arguments of the script; plain values or paths.
         results: Plain values by name.
-
-    Returns:
-        What was written.
     """
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
     record = {**environment(), 'arguments': arguments, **results}
     write_whole(path, lambda file: file.write(f'{json.dumps(record, indent=1)}\n'.encode()))
-    return record
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -115,6 +111,23 @@ def check_same(records: dict[Path, dict[str, Any]], names: Iterable[str], within
                     f'{path} is of a run with {name}={value}, {first} with {name}={known[first]}; use the same '
                     'settings and images, or another --out'
                 )
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1 from the command line."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got {text}')
+    return value
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if this machine has no such device."""
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError(f'PyTorch finds no GPU here, got --device {device}; take cpu')
 
 
 @contextmanager

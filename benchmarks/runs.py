@@ -41,10 +41,10 @@ def gains(top1: dict[int, float], control: dict[int, float]) -> list[float]:
     return [value - control[seed] for seed, value in top1.items() if seed in control]
 
 
-def format_gains(values: list[float]) -> str:
-    """Their mean with half of its 95 % interval; '' if there is none."""
+def format_mean(values: list[float], sign: str = '') -> str:
+    """Their mean with half of its 95 % interval, and with '+' as ``sign`` always with one; '' if there is none."""
     half = f' ± {interval(values):.2f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):+.2f}{half}' if values else ''
+    return f'{statistics.mean(values):{sign}.2f}{half}' if values else ''
 
 
 def draw_rows(axes: Any, rows: dict[str, list[float]]) -> None:

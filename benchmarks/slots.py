@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from loop import sample_folder
-from record import told
+from record import positive, told
 from torch.utils.data import DataLoader
 
 from timm_ait import BlockReport, format_report, memory_report
@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--model', default='test_ait')
     parser.add_argument('--checkpoint', type=Path, help="take these weights instead of the model's own")
     parser.add_argument('--images', type=int, default=1000, help='number of images, spread evenly over the folder')
-    parser.add_argument('--writes', type=int, help='write so many batches to an untrained memory instead')
+    parser.add_argument('--writes', type=positive, help='write so many batches to an untrained memory instead')
     args = parser.parse_args(argv)
-    if args.writes is not None and args.writes < 1:
-        parser.error(f'--writes must be at least 1, got {args.writes}')
+    if args.writes and not timm.is_model(args.model):
+        parser.error(f'--writes needs the name of a model, got --model {args.model}')
     if args.writes:
         torch.manual_seed(0)
         seen = watch(timm.create_model(args.model).train(), args.writes)

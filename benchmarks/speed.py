@@ -26,13 +26,12 @@ from measure import (
     compare_bytes,
     draw,
     keep_freed_memory,
-    peak_bytes,
     release,
     table,
     time_sides,
 )
 from memory import ADDITIVE, IMAGE
-from record import environment, write_record
+from record import check_device, environment, positive, read_records, told, write_record
 from timm.layers import Attention
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
@@ -158,7 +157,7 @@ def model_cases(args: Args) -> Iterator[Case]:
             if 'training' in args.rows:
                 yield f'training, {name}', partial(timed, sides=sides, goal=goal)
             if 'memory' in args.rows:
-                yield f'peak memory, {name}', partial(compare_bytes, sides=sides, measure=peak_bytes, goal=1.10)
+                yield f'peak memory, {name}', partial(compare_bytes, sides=sides, goal=1.10)
 
 
 def depth_cases(args: Args) -> Iterator[Case]:
@@ -220,8 +219,8 @@ def measure(cases: list[Case]) -> Iterator[Row]:
         release()
 
 
-def parse(argv: list[str] | None = None) -> Args:
-    """Read the command line and fill in the defaults of the device."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='bfloat16 means autocast')
@@ -229,30 +228,53 @@ def parse(argv: list[str] | None = None) -> Args:
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=ROWS)
     parser.add_argument('--layouts', nargs='+', choices=tuple(LAYOUTS))
     parser.add_argument('--sizes', nargs='+', choices=SIZES)
-    parser.add_argument('--batch-sizes', nargs='+', type=int)
-    parser.add_argument('--tokens', nargs='+', type=int, help=f'for a layer alone; multiples of {IMAGE_TOKENS}')
-    parser.add_argument('--image-tokens', nargs='+', type=int, help='of one image, for rows "attention"')
+    parser.add_argument('--batch-sizes', nargs='+', type=positive)
+    parser.add_argument('--tokens', nargs='+', type=positive, help=f'for a layer alone; multiples of {IMAGE_TOKENS}')
+    parser.add_argument('--image-tokens', nargs='+', type=positive, help='of one image, for rows "attention"')
     parser.add_argument('--rules', nargs='+', choices=tuple(RULES), default=tuple(RULES), help='of such a memory')
-    parser.add_argument('--rounds', type=int)
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--rounds', type=positive)
+    parser.add_argument('--threads', type=positive, default=torch.get_num_threads())
     parser.add_argument('--peak-tflops', type=float, help='peak of the device, to print the share that is reached')
     parser.add_argument('--quick', action='store_true', help='use toy sizes, for a test')
     parser.add_argument('--out', type=Path, default=Path('output/speed'))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def complete(args: Args) -> Args:
+    """Fill in the defaults of the device.
+
+    Raises:
+        ValueError: For a device that this machine has not, and for tokens that fill no images.
+    """
+    check_device(args.device)
     for name, value in {**DEFAULTS[args.device], **(QUICK if args.quick else {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    wrong = [n for n in args.tokens if n % IMAGE_TOKENS]
+    if wrong:
+        raise ValueError(f'--tokens must be multiples of {IMAGE_TOKENS}, got {wrong}')
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table and write numbers and picture. Each row is written when it is there: a stop keeps it."""
-    args = parse(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with told(parser, args.out):
+        run_all(complete(args))
+
+
+def run_all(args: Args) -> None:
+    """Measure all rows."""
+    stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
+    arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
+    del arguments['out']
+    for path, record in read_records(args.out, ['rows'], f'{stem.name}.json').items():
+        if record['arguments'] != arguments:
+            raise ValueError(f'{path} holds what was measured with other arguments; give another --out')
     torch.manual_seed(0)
     keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []
-    stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
-    arguments = {key: value for key, value in vars(args).items() if key != 'out'}
     rows: list[Row] = []
     for row in measure([*model_cases(args), *depth, *workspace_cases(args), *image_cases(args)]):
         rows.append(row)

@@ -25,8 +25,8 @@ import ablations
 import baselines
 import torch
 from loop import Data, Settings, checksum, evaluate, fit, load
-from record import check_same, read_records, told, write_record
-from runs import count_parameters, draw_rows, format_gains, gains, interval, run_each, top1_of
+from record import check_device, check_same, positive, read_records, told, write_record
+from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
 from timm.optim import list_optimizers
 from torch import nn
 
@@ -219,15 +219,9 @@ def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
     return found
 
 
-def mean_and_interval(seeds: dict[int, Any]) -> tuple[float, float]:
-    """Mean of the test accuracies, and half of its 95 % interval, NaN for one seed."""
-    values = list(top1_of(seeds).values())
-    return statistics.mean(values), interval(values)
-
-
 def less(row: str, control: str | None, rows: dict[str, dict[int, Any]]) -> str:
     """The accuracy of a row less that of another over the seeds that both have; '' if there are none."""
-    return '' if control in (None, row) else format_gains(gains(top1_of(rows[row]), top1_of(rows.get(control, {}))))
+    return '' if control in (None, row) else format_mean(gains(top1_of(rows[row]), top1_of(rows.get(control, {}))), '+')
 
 
 def format_table(rows: dict[str, dict[int, Any]]) -> str:
@@ -235,12 +229,11 @@ def format_table(rows: dict[str, dict[int, Any]]) -> str:
     heading = '| model | trained parameters, M | seeds | top-1, % | less that of ait | less that of no memory '
     lines = [f'{heading}| training loss |', '|---|---|---|---|---|---|---|']
     for row, seeds in rows.items():
-        mean, half = mean_and_interval(seeds)
+        top1 = format_mean(list(top1_of(seeds).values()))
         loss = statistics.mean(record['log'][-1]['loss'] for record in seeds.values())
-        spread = f' ± {half:.2f}' if len(seeds) > 1 else ''
         parameters = next(iter(seeds.values()))['parameters'] / 1e6
         differences = f'{less(row, "ait", rows)} | {less(row, ablations.without_memory(row), rows)}'
-        lines.append(f'| {row} | {parameters:.2f} | {len(seeds)} | {mean:.2f}{spread} | {differences} | {loss:.3f} |')
+        lines.append(f'| {row} | {parameters:.2f} | {len(seeds)} | {top1} | {differences} | {loss:.3f} |')
     return '\n'.join(lines)
 
 
@@ -257,14 +250,15 @@ def draw(rows: dict[str, dict[int, Any]], heading: str, path: Path) -> None:
 
 
 def show(folder: Path) -> None:
-    """Print and draw one table for each setting."""
+    """Print one table for each setting, and draw those with several seeds."""
     found = gather(folder)
     if not found:
         raise ValueError(f'expected results in {folder}, got none; run a table with --out {folder} first')
     for heading, rows in found.items():
         arguments = next(iter(next(iter(rows.values())).values()))['arguments']
         print(f'{heading}\n\n{format_table(rows)}\n')
-        draw(rows, heading, folder / f'{arguments["table"]}-{digest(arguments)}.png')
+        if any(len(seeds) > 1 for seeds in rows.values()):  # single points are better read than looked at
+            draw(rows, heading, folder / f'{arguments["table"]}-{digest(arguments)}.png')
 
 
 def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
@@ -284,12 +278,12 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument('--joined', action='store_true', help='key and value of recall stand in one patch')
     parser.add_argument('--train', type=int, help="images or scenes to train on; by default the table's own number")
     parser.add_argument('--test', type=int, help='the same for the test')
-    parser.add_argument('--width', type=int, help="of a token; by default each row's own, as are depth and MLP ratio")
-    parser.add_argument('--depth', type=int)
+    parser.add_argument('--width', type=positive, help="of a token; by default each row's own, as is depth")
+    parser.add_argument('--depth', type=positive)
     parser.add_argument('--mlp-ratio', type=float)
     parser.add_argument('--heads', type=int, help='of self-attention, with --width; by default one for 64 of it')
     parser.add_argument('--num-slots', type=int, help="of the memory; by default each row's own")
-    parser.add_argument('--head', choices=ablations.HEADS, help="what the classifier reads; the table's own by default")
+    parser.add_argument('--head', choices=baselines.HEADS, help="what the classifier reads; the table's own by default")
     parser.add_argument('--pos-embed', action=argparse.BooleanOptionalAction, help='whether tokens have positions')
     parser.add_argument('--epochs', type=int, default=10)
     parser.add_argument('--steps', type=int, help='instead of epochs')
@@ -298,10 +292,10 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--weight-decay', type=float, default=0.05)
     parser.add_argument('--bfloat16', action='store_true')
-    parser.add_argument('--save-every', type=int, default=500, help='steps between checkpoints')
+    parser.add_argument('--save-every', type=positive, default=500, help='steps between checkpoints')
     parser.add_argument('--workers', type=int, default=0, help='processes that draw images')
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--threads', type=positive, default=torch.get_num_threads())
     return parser
 
 
@@ -318,6 +312,7 @@ def complete(args: argparse.Namespace, argv: list[str] | None, script: str = 'ta
         if args.num_slots < 1 or without:
             got = f'{", ".join(without)}, without slots' if without else args.num_slots
             raise ValueError(f'--num-slots must be at least 1, for --rows that have slots; got {got}')
+    check_device(args.device)
     if args.turn and (args.table != 'sort_of_clevr' or args.questions != 'binary'):
         raise ValueError('--turn is for sort_of_clevr --questions binary: other answers change as the scene turns')
     task = TASKS[args.table]

@@ -21,7 +21,7 @@ import timm
 import torch
 from loop import Settings, evaluate, fit, load
 from memory import IMAGE
-from record import told, write_record
+from record import positive, told, write_record
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--epochs', type=int, nargs=2, default=(4, 2), help='for the ViT, and for fine-tuning')
     parser.add_argument('--batch-size', type=int, default=128)
     parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--threads', type=positive, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f'--seeds must be at least 1, got {args.seeds}')

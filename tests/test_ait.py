@@ -114,7 +114,6 @@ def test_an_unknown_keyword_is_a_type_error_that_names_it(layout: str) -> None:
     ('layout', 'kwargs', 'message'),
     [
         ('vit', dict(bottleneck=0), 'bottleneck must be an integer of at least 1, got 0; leave it out'),
-        ('vit', dict(depth=0), 'depth must be at least 1, got 0'),
         ('vit', dict(num_slots=0), 'num_slots must be an integer of at least 1, got 0; leave it out'),
         ('paper', dict(beta=0), 'beta must be a finite number above 0, got 0; the paper uses 1.0'),
         ('paper', dict(memory_decay=2), r'memory_decay must be a number in \[0, 1\], got 2; the paper uses 0.9'),

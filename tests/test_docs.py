@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').glob('*.md')])
 LINKED = sorted(path for pattern in ('*.md', 'docs/*.md', 'benchmarks/*.md') for path in ROOT.glob(pattern))
 RESULTS = ROOT / 'benchmarks' / 'results'
-INTERVAL = re.compile(r'\d+\.\d\d ± \d+\.\d\d')
+INTERVAL = re.compile(r'[+-]?\d+\.\d\d ± \d+\.\d\d')
 BLOCK = re.compile(r'^(?:<!-- not run: (?P<why>.+?) -->\n)?```python\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
@@ -139,8 +139,8 @@ def top1_of(row: str, **settings: Any) -> dict[int, float]:
 
 
 def measured() -> set[str]:
-    """Every mean with its interval that the results hold, without its sign: those of tables, and the differences
-    between rows that the text gives."""
+    """Every mean with its interval that the results hold, with its sign and without: those of tables, and the
+    differences between rows that the text gives."""
     texts = [memory.table(memory.gather(RESULTS / 'memory'))]
     texts += [tables.format_table(rows) for rows in tables.gather(RESULTS / 'tables').values()]
     muon: dict[str, Any] = dict(opt='muon', mlp_ratio=2.0)
@@ -161,8 +161,9 @@ def measured() -> set[str]:
     finetuned = json.loads((RESULTS / 'upcycle.json').read_text())['finetuned']
     accuracies = [dict(enumerate(values)) for values in finetuned.values()]
     pairs += [(values, accuracies[0]) for values in accuracies[1:]]
-    texts += [runs.format_gains(runs.gains(*pair)) for pair in pairs]
-    return set(INTERVAL.findall('\n'.join(texts)))
+    texts += [runs.format_mean(runs.gains(*pair), '+') for pair in pairs]
+    signed = INTERVAL.findall('\n'.join(texts))
+    return {*signed, *(interval.lstrip('+-') for interval in signed)}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,8 @@ def measured() -> set[str]:
 def test_every_interval_in_the_text_is_one_of_the_results(page: str) -> None:
     given = INTERVAL.findall(' '.join((ROOT / page).read_text().split()))
     assert len(given) > 1
-    assert [interval for interval in given if interval not in measured()] == []
+    known = measured()
+    assert [interval for interval in given if interval not in known] == []
 
 
 def test_every_public_name_is_on_the_page_of_the_api() -> None:

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from loop import Settings, augment, evaluate, fit, normalize, turn
+from loop import Settings, augment, evaluate, fit, normalize, turn, weight_sum
 from record import write_whole
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -93,7 +93,6 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights_and_log(
             fit(make_ait(), data, SETTINGS, tmp_path / 'run.pt', save_every, workers)
     torch.manual_seed(13)  # another process has other random numbers
     resumed = make_ait()
-    torch.nn.init.zeros_(resumed.head.weight)
     assert fit(resumed, data, SETTINGS, tmp_path / 'run.pt', save_every, workers).log == log
     assert_equal(resumed, whole)
 
@@ -155,6 +154,20 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     fit(make_linear(), images(), Settings(lr=0.01, batch_size=BATCH), tmp_path / 'run.pt')
     with pytest.raises(ValueError, match=r'run\.pt is of a run with lr=0\.01, seed=0; use the same settings or remove'):
         fit(make_linear(), images(), Settings(lr=0.02, seed=3, batch_size=BATCH), tmp_path / 'run.pt')
+
+
+def test_a_checkpoint_of_a_model_with_another_start_is_refused(tmp_path: Path) -> None:
+    settings, other = Settings(lr=0.01, batch_size=BATCH), make_linear()
+    nn.init.constant_(other[1].weight, 0.5)
+    run = fit(make_linear(), images(), settings, tmp_path / 'run.pt')
+    with pytest.raises(ValueError, match=rf'is of a run with first_weights={run.first_weights}; use the same'):
+        fit(other, images(), settings, tmp_path / 'run.pt')
+    assert run.record()['first_weights'] != weight_sum(other)
+
+
+def test_a_run_without_a_terminal_says_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(make_linear(), images(), Settings(lr=0.01, epochs=2, batch_size=BATCH), name='linear')
+    assert capsys.readouterr().err.count('linear: ') == 2
 
 
 @pytest.mark.parametrize(('save_every', 'step'), [(None, 4), (3, 3)])

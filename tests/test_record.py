@@ -20,8 +20,8 @@ def test_the_environment_names_versions_machine_and_commit() -> None:
 
 def test_a_record_holds_environment_arguments_and_results(tmp_path: Path) -> None:
     path = tmp_path / 'new' / 'result.json'
-    record = write_record(path, {'out': tmp_path, 'seeds': 3}, {'accuracy': [70.5, 71.25]})
-    assert json.loads(path.read_text()) == record
+    write_record(path, {'out': tmp_path, 'seeds': 3}, {'accuracy': [70.5, 71.25]})
+    record = json.loads(path.read_text())
     assert record['arguments'] == {'out': str(tmp_path), 'seeds': 3}
     assert record['accuracy'] == [70.5, 71.25]
     assert environment().items() <= record.items()

@@ -206,8 +206,6 @@ class AssociativeTransformer(VisionTransformer):
         check_divisible(img_size, patch_size, vit_args.get('dynamic_img_pad', False))
         if not isinstance(attention, bool):
             raise ValueError(f'attention must be True or False, got {attention!r}')
-        if vit_args.get('depth', 12) < 1:
-            raise ValueError(f'depth must be at least 1, got {vit_args["depth"]}')
         flatten = global_pool == 'flatten'
         if flatten:
             _check_fixed_tokens(vit_args.get('dynamic_img_size', False), vit_args.get('patch_drop_rate', 0.0))
