@@ -1,12 +1,15 @@
-"""CIFAR-10 (JPEG) for the tests that need real images; they are skipped where its file is absent."""
+"""Images: CIFAR-10 (JPEG) for the tests that need real ones, which are skipped where its file is absent; and noise."""
 
 import tarfile
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 CIFAR10 = Path(__file__).parents[2] / 'shared' / 'data' / 'cifar10-jpeg.tar.xz'
 needs_photographs = pytest.mark.skipif(not CIFAR10.is_file(), reason=f'no images: there is no file {CIFAR10}')
@@ -25,3 +28,11 @@ def photographs(split: str, per_class: int) -> tuple[list[Image.Image], list[int
                 found[name].append(Image.open(content).copy())
     labels = [label for label, name in enumerate(sorted(found)) for _ in found[name]]
     return [image for name in sorted(found) for image in found[name]], labels
+
+
+def write_noise(folder: Path, classes: Iterable[object], count: int) -> None:
+    """Write ``count`` images of 32x32 random pixels for each class, as timm reads them: ``folder/<class>/<i>.png``."""
+    for label in classes:
+        (folder / str(label)).mkdir(parents=True)
+        for i in range(count):
+            to_pil_image(torch.rand(3, 32, 32)).save(folder / str(label) / f'{i}.png')

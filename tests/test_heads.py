@@ -6,8 +6,8 @@ import heads
 import pytest
 import timm
 import torch
+from photographs import write_noise
 from torch import nn
-from torchvision.transforms.functional import to_pil_image
 
 
 def test_the_share_of_tokens_of_attention_made_by_hand() -> None:
@@ -72,10 +72,7 @@ def test_an_unknown_model_or_a_missing_folder_is_named(tmp_path: Path, capsys: p
 
 
 def test_it_prints_a_row_a_layer_and_draws_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for label in 'ab':
-        (tmp_path / label).mkdir()
-        for i in range(3):
-            to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / label / f'{i}.png')
+    write_noise(tmp_path, 'ab', 3)
     picture = tmp_path / 'heads.png'
     heads.main([str(tmp_path), '--model', 'test_ait', '--images', '5', '--batch-size', '2', '--output', str(picture)])
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]

@@ -12,6 +12,7 @@ import runs
 import timm
 import torch
 import torch.nn.functional as F
+from photographs import write_noise
 from runs import count_parameters
 from torchvision.transforms.functional import to_pil_image
 
@@ -98,11 +99,7 @@ def test_half_an_interval_is_students() -> None:
 
 def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ('train', 'test'):
-        for label in range(10):
-            folder = tmp_path / split / f'class{label}'
-            folder.mkdir(parents=True)
-            for i in range(3):
-                to_pil_image(torch.rand(3, 32, 32)).save(folder / f'{i}.png')
+        write_noise(tmp_path / split, range(10), 3)
     out = tmp_path / 'results'
     args = [
         str(tmp_path),

@@ -6,16 +6,13 @@ import pytest
 import slots
 import timm
 import torch
-from torchvision.transforms.functional import to_pil_image
+from photographs import write_noise
 
 
 def test_the_script_prints_a_row_for_each_block_or_each_number_of_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for label in 'ab':
-        (tmp_path / label).mkdir()
-        for i in range(3):
-            to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / label / f'{i}.png')
+    write_noise(tmp_path, 'ab', 3)
     slots.main([str(tmp_path), '--images', '3'])
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(timm.create_model('test_ait').blocks)
     slots.main(['--writes', '3'])
@@ -27,8 +24,7 @@ def test_the_script_prints_a_row_for_each_block_or_each_number_of_writes(
 
 
 def test_a_checkpoint_may_have_another_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / 'a').mkdir()
-    to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / 'a' / '0.png')
+    write_noise(tmp_path, 'a', 1)
     torch.save(timm.create_model('test_ait', num_classes=3).state_dict(), tmp_path / 'three.pth')
     slots.main([str(tmp_path), '--checkpoint', str(tmp_path / 'three.pth'), '--images', '1'])
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(timm.create_model('test_ait').blocks)

@@ -14,9 +14,9 @@ import torch
 import upcycle
 from hub_child import Child, blobs
 from hub_server import LoopbackHub
+from photographs import write_noise
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
 from timm_ait import ait
 from timm_ait.convert import choose_layers
@@ -203,10 +203,7 @@ def test_the_comparison_with_the_vit_records_all_and_goes_on_after_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for split, count in (('train', 3), ('test', 2)):
-        for label in range(10):
-            (tmp_path / split / str(label)).mkdir(parents=True)
-            for i in range(count):
-                to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / split / str(label) / f'{i}.png')
+        write_noise(tmp_path / split, range(10), count)
     sizes = {'--pretrain-images': 2, '--finetune-images': 1, '--test-images': 2, '--batch-size': 5, '--seeds': 2}
     args = [str(x) for pair in sizes.items() for x in pair]
     run = partial(
