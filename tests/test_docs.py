@@ -141,7 +141,8 @@ def top1_of(row: str, **settings: Any) -> dict[int, float]:
 def measured() -> set[str]:
     """Every mean with its interval that the results hold, with its sign and without: those of tables, and the
     differences between rows that the text gives."""
-    texts = [memory.table(memory.gather(RESULTS / 'memory'))]
+    again = memory.gather(RESULTS / 'memory-again')
+    texts = [memory.table(memory.gather(RESULTS / 'memory')), memory.table(again)]
     texts += [tables.format_table(rows) for rows in tables.gather(RESULTS / 'tables').values()]
     muon: dict[str, Any] = dict(opt='muon', mlp_ratio=2.0)
     wide: dict[str, Any] = dict(opt='muon', mlp_ratio=4.6)
@@ -161,6 +162,10 @@ def measured() -> set[str]:
     finetuned = json.loads((RESULTS / 'upcycle.json').read_text())['finetuned']
     accuracies = [dict(enumerate(values)) for values in finetuned.values()]
     pairs += [(values, accuracies[0]) for values in accuracies[1:]]
+    (ten,) = again.values()
+    new = {name: {seed: top1 for seed, top1 in runs.top1_of(found).items() if seed > 8} for name, found in ten.items()}
+    old = {name: {seed: top1 for seed, top1 in runs.top1_of(found).items() if seed <= 8} for name, found in ten.items()}
+    pairs += [(new['additive'], new['none']), (new['additive'], new['wider_mlp']), (old['additive'], old['none'])]
     texts += [runs.format_mean(runs.gains(*pair), '+') for pair in pairs]
     signed = INTERVAL.findall('\n'.join(texts))
     return {*signed, *(interval.lstrip('+-') for interval in signed)}
