@@ -37,7 +37,9 @@ def of_timm_wrapper(model: Any) -> Any:
     return wrapped
 
 
-def fit(module: nn.Module, batches: list[Any], folder: Path, resume: Any = None, **kwargs: Any) -> Any:
+def fit(
+    module: nn.Module, batches: list[Any], folder: Path, resume: Any = None, loss: Any = None, **kwargs: Any
+) -> Any:
     args = dict(
         per_device_train_batch_size=SIZE, num_train_epochs=1, max_grad_norm=0.0, report_to=[], use_cpu=True,
         save_strategy='no', disable_tqdm=True, logging_strategy='no', lr_scheduler_type='constant',
@@ -51,6 +53,7 @@ def fit(module: nn.Module, batches: list[Any], folder: Path, resume: Any = None,
             {'pixel_values': image, 'labels': label} for x, y in batches for image, label in zip(x, y, strict=True)
         ],
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
+        compute_loss_func=loss,
     )
     trainer.train(resume_from_checkpoint=resume)
     return optimizer
@@ -69,6 +72,18 @@ def test_the_trainer_leaves_the_gradient_of_the_sum(wrap: Any, accumulate: int, 
         lambda model: train(wrap(model), batches, tmp_path, gradient_accumulation_steps=accumulate),
         batches,
         accumulate=accumulate,
+    )
+
+
+def test_a_sum_over_all_items_of_accumulated_batches_leaves_the_gradient_of_the_sum(tmp_path: Path) -> None:
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+        return F.cross_entropy(outputs['logits'], labels, reduction='sum') / num_items_in_batch
+
+    batches = make_batches(6)
+    assert_trains_like_by_hand(
+        lambda model: train(of_timm_wrapper(model), batches, tmp_path, gradient_accumulation_steps=3, loss=loss),
+        batches,
+        accumulate=3,
     )
 
 
