@@ -414,6 +414,28 @@ def test_torch_func_grad_in_training_mode_gives_the_gradients_of_backward() -> N
     assert distance(found, gradients(model)) < 1e-5
 
 
+@pytest.mark.parametrize('steps', [1, 3])
+def test_inner_steps_that_an_outer_one_differentiates_have_the_gradients_of_the_sum(steps: int) -> None:
+    model, by_hand = make_model(), make_model()
+    for block in (*model.blocks, *by_hand.blocks):
+        block.attn.fused_attn = False  # PyTorch has no second derivative of it
+    by_hand.auto_balance = False
+
+    def train(model: AssociativeTransformer, balance: Callable[[], Tensor | float]) -> Tensor:
+        weights = dict(model.named_parameters())
+        trained = [name for name, weight in weights.items() if weight.requires_grad]
+        for _ in range(steps):
+            loss = F.cross_entropy(functional_call(model, weights, (IMAGES,)), TARGET) + balance()
+            inner = torch.autograd.grad(loss, [weights[name] for name in trained], create_graph=True)
+            weights |= {name: weights[name] - 0.1 * grad for name, grad in zip(trained, inner, strict=True)}
+        (F.cross_entropy(functional_call(model, weights, (IMAGES,)), TARGET) + balance()).backward()
+        return torch.cat([grad.detach().flatten() for grad in inner])
+
+    found, expected = train(model, lambda: 0.0), train(by_hand, by_hand.balance_loss)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert distance(gradients(model), gradients(by_hand)) < 1e-4
+
+
 def test_a_gradient_penalty_in_training_mode_holds_no_balance_loss() -> None:
     def penalty(model: AssociativeTransformer) -> Tensor:
         x = IMAGES.clone().requires_grad_()

@@ -49,11 +49,13 @@ class _Pass:
     Attributes:
         scale: Factor of the balance loss.
         loss: Where it was found; None where balance_loss() itself is in the loss.
+        asks: Whether it computes the gradient of any parameter, for a compiled layer, which cannot find out by itself.
         thread: Which runs it.
     """
 
     scale: float | Tensor
     loss: Loss | None
+    asks: bool = True
     thread: int = field(default_factory=get_ident)
 
 
@@ -69,14 +71,14 @@ def is_backward_running() -> bool:
 
 
 @torch.compiler.disable  # compiled autograd traces hooks
-def _begin(scale: float | Tensor, loss: Loss | None) -> None:
+def _begin(scale: float | Tensor, loss: Loss | None, asks: bool = True) -> None:
     """Note the scale of the running backward pass, until it ends."""
     task = torch._C._current_graph_task_id()
     running = _passes.get(task)
     if running is None:
         running = _passes[task] = _Pass(scale, loss)
         Variable._execution_engine.queue_callback(partial(_end, task, running))
-    running.scale, running.loss = scale, loss
+    running.scale, running.loss, running.asks = scale, loss, asks
 
 
 def _end(task: int, running: _Pass) -> None:
@@ -88,16 +90,22 @@ def _innermost() -> _Pass | None:
     return _passes.get(torch._C._current_graph_task_id()) or (_passes[max(outer)] if outer else None)
 
 
-def attach(memory: Tensor, balance_loss: Tensor) -> Tensor:
+def attach(memory: Tensor, balance_loss: Tensor, layer: nn.Module | None = None) -> Tensor:
     """Return ``memory`` such that a backward pass through it adds the gradient of the balance loss.
 
     Args:
         memory: (M, D) or (B, M, D), what the retrieval reads.
         balance_loss: (), differentiable. It lives as long as the graph of the result.
+        layer: Whose weights count although they are no parameters: an inner step of MAML computes new ones.
     """
-    if not torch.compiler.is_compiling() and not is_backward_running():
+    if torch.compiler.is_compiling():
+        return _Attach.apply(memory, balance_loss)
+    if not is_backward_running():
         _warn_of_last_pass()
-    return _Attach.apply(memory, balance_loss)
+    attached = _Attach.apply(memory, balance_loss)
+    if layer is not None and attached.grad_fn is not None:
+        attached.grad_fn.state.weights = [p.grad_fn for p in layer.parameters() if p.grad_fn is not None]
+    return attached
 
 
 class _Attach(Function):
@@ -131,16 +139,18 @@ class _State:
 
     Attributes:
         counted: Parts of the loss of that pass, empty where it is not known; None before the first pass.
+        weights: The nodes that have computed weights of the layer.
     """
 
     def __init__(self, balance_loss: Tensor) -> None:
         self.balance_loss = balance_loss
+        self.weights: list[Any] = []
         self.counted: frozenset[Part] | None = None
         self.is_half = _is_half(balance_loss)
 
     def scale(self) -> float | Tensor:
         """Factor of the balance loss in the running backward pass; 0 where a pass from another loss has counted it."""
-        if not _asks_for_parameters(self.balance_loss):
+        if not _asks_for_parameters(self.balance_loss) and not any(map(_is_computed, self.weights)):
             return 0.0
         running = _innermost()
         if running is None and self.is_half:
@@ -186,6 +196,8 @@ def _warn_of_last_pass() -> None:
 def _balance_scale(like: Tensor) -> Tensor:
     """The scale of the running backward pass, for compiled graphs: () in float32 on the device of ``like``."""
     running = _innermost() or _Pass(1.0, None)
+    if not running.asks:
+        return like.new_zeros((), dtype=torch.float32)
     if running.loss is not None:
         running.loss.count()
     return _as_scalar(running.scale, like.device, torch.float32).clone()
@@ -345,6 +357,5 @@ def _report(loss: Loss, tensor: Any, grad: Tensor) -> None:
     """Tell the scale of the running backward pass, unless a loss that stands nearer to its start has done so."""
     if torch._C._current_graph_task_id() in _passes or loss.is_statistic:
         return
-    found = tensor()  # a compiled layer cannot ask by itself
-    is_counted = found is None or _asks_for_parameters(found)
-    _begin(loss.scale(grad), loss) if is_counted else _begin(0.0, None)
+    found = tensor()
+    _begin(loss.scale(grad), loss, asks=found is None or _asks_for_parameters(found))

@@ -217,7 +217,7 @@ class GlobalWorkspace(nn.Module):
         write = self.write(h if self.has_copies() else squash(h), memory)
         memory = write.memory
         if write.balance_loss.requires_grad and self.adds_balance_loss():
-            memory = attach(memory, write.balance_loss)
+            memory = attach(memory, write.balance_loss, self)
         return self.read(f, h, memory), write
 
     def feed_forward(self, x: Tensor) -> Tensor:
