@@ -74,11 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--test-images', type=int, default=500, help='of each class')
     parser.add_argument('--epochs', type=int, nargs=2, default=(4, 2), help='for the ViT, and for fine-tuning')
     parser.add_argument('--batch-size', type=int, default=128)
-    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--seeds', type=positive, default=3)
     parser.add_argument('--threads', type=positive, default=torch.get_num_threads())
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f'--seeds must be at least 1, got {args.seeds}')
     with told(parser, args.out):
         run_all(args)
 

@@ -163,9 +163,9 @@ def measured() -> set[str]:
     accuracies = [dict(enumerate(values)) for values in finetuned.values()]
     pairs += [(values, accuracies[0]) for values in accuracies[1:]]
     (ten,) = again.values()
-    new = {name: {seed: top1 for seed, top1 in runs.top1_of(found).items() if seed > 8} for name, found in ten.items()}
-    old = {name: {seed: top1 for seed, top1 in runs.top1_of(found).items() if seed <= 8} for name, found in ten.items()}
-    pairs += [(new['additive'], new['none']), (new['additive'], new['wider_mlp']), (old['additive'], old['none'])]
+    none, wider, additive = (runs.top1_of(ten[name]) for name in ('none', 'wider_mlp', 'additive'))
+    old, new = ({seed: additive[seed] for seed in seeds} for seeds in (range(4, 9), range(9, 14)))
+    pairs += [(old, none), (new, none), (new, wider)]
     texts += [runs.format_mean(runs.gains(*pair), '+') for pair in pairs]
     signed = INTERVAL.findall('\n'.join(texts))
     return {*signed, *(interval.lstrip('+-') for interval in signed)}

@@ -86,8 +86,11 @@ def _end(task: int, running: _Pass) -> None:
 
 
 def _innermost() -> _Pass | None:
-    outer = [task for task, running in _passes.items() if running.thread == get_ident()]
-    return _passes.get(torch._C._current_graph_task_id()) or (_passes[max(outer)] if outer else None)
+    running = _passes.get(torch._C._current_graph_task_id())
+    if running is None:
+        outer = [task for task, each in _passes.items() if each.thread == get_ident()]
+        running = _passes[max(outer)] if outer else None
+    return running
 
 
 def attach(memory: Tensor, balance_loss: Tensor, layer: nn.Module | None = None) -> Tensor:

@@ -287,8 +287,7 @@ def _remedy(keys: list[str]) -> str:
     if all(key.startswith('fc_norm.') for key in keys):
         return (
             'create the model with the pooling of the checkpoint, then change it with reset_classifier(num_classes, '
-            'global_pool); or drop its classifier: num_classes=N and '
-            'pretrained_cfg_overlay=dict(num_classes=-1)'
+            'global_pool); or drop its classifier: num_classes=N and pretrained_cfg_overlay=dict(num_classes=-1)'
         )
     if all(key.endswith('.mlp.memory') for key in keys):
         return 'the memory is a buffer: save the state_dict() of the model, and not its parameters alone'

@@ -8,8 +8,9 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
 - a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b`` and ``0.3 * a + 0.7 * b`` have 1,
   with numbers and with tensors;
 - the first division of a sum over elements takes their mean: ``x.sum() / n`` has 1 for any n, and so has
-  ``cross_entropy(..., reduction='sum') / B`` for B samples, but B/N for any whole number N above B, as that of all
-  samples of an accumulated batch; other terms may stand beside the sum;
+  ``cross_entropy(..., reduction='sum') / B`` for B samples, but B/N for a whole number N above B, as that of all
+  samples of an accumulated batch (a multiple of B, where each sample has several targets); other terms may stand beside
+  the sum;
 - n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
 - a loss that meets larger outputs again, as in ``x - x.mean()``, was a statistic of them, and no loss;
 - the sign does not matter, and neither does a term that is no loss.

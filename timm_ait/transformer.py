@@ -134,9 +134,9 @@ class AssociativeBlock(Block):
         if not workspace.is_writing() or is_hooked(workspace):  # hooks belong to a call of the layer, not to its step
             return checkpoint(self.forward_once, x, attn_mask, is_causal)
         if is_backward_running():  # of a checkpoint around this block
-            return checkpoint(self.step, x, self.mlp.replay.memory_before(x), attn_mask, is_causal)[0]
-        new, *write = checkpoint(self.step, x, snapshot(self.mlp.memory), attn_mask, is_causal)
-        self.mlp.store(MemoryWrite(*write), x)
+            return checkpoint(self.step, x, workspace.replay.memory_before(x), attn_mask, is_causal)[0]
+        new, *write = checkpoint(self.step, x, snapshot(workspace.memory), attn_mask, is_causal)
+        workspace.store(MemoryWrite(*write), x)
         return new
 
     def step(self, x: Tensor, memory: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, ...]:
