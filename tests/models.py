@@ -32,7 +32,8 @@ def images(count: int = 3, seed: int = 0, side: int = SIDE, channels: int = 3) -
 
 
 def memories(model: nn.Module) -> list[Tensor]:
-    return [block.mlp.memory.clone() for block in model.blocks]
+    """Also of a model that something has wrapped."""
+    return [buffer.clone() for name, buffer in model.named_buffers() if name.endswith('.memory')]
 
 
 def train_step(model: nn.Module, seed: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ import loop
 import pytest
 import torch
 import torch.nn.functional as F
+from models import memories
 from torch import Tensor, nn
 
 from timm_ait import GlobalWorkspace
@@ -34,9 +35,9 @@ def train_step(model: nn.Module, *others: Tensor) -> None:
 
 
 def memory_moves(model: Any) -> bool:
-    before = [block.mlp.memory.clone() for block in model.blocks]
+    before = memories(model)
     train_step(model)
-    return not any(torch.equal(block.mlp.memory, old) for block, old in zip(model.blocks, before, strict=True))
+    return not any(map(torch.equal, memories(model), before))
 
 
 @pytest.mark.parametrize('head', ablations.HEADS)

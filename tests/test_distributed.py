@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from models import memories
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import Tensor, nn
@@ -62,10 +63,6 @@ def step(task: ClassificationTask, optimizer: torch.optim.Optimizer, images: Ten
     optimizer.zero_grad()
     task(images, target)['loss'].backward()
     optimizer.step()
-
-
-def memories(model: nn.Module) -> list[Tensor]:
-    return [buffer.clone() for name, buffer in model.named_buffers() if name.endswith('memory')]
 
 
 def assert_same_on_all_ranks(tensors: list[Tensor]) -> None:

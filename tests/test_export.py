@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from models import memories
 from PIL import Image
 from torch import Tensor, nn
 
@@ -46,10 +47,6 @@ def assert_agrees(run: Callable[[Tensor], Tensor], model: nn.Module, counts: Ite
     with torch.no_grad():
         for count in counts:
             torch.testing.assert_close(run(images(count)), model(images(count)), rtol=0, atol=1e-4)
-
-
-def memories(model: nn.Module) -> list[Tensor]:
-    return [block.mlp.memory.clone() for block in model.blocks]
 
 
 def onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:

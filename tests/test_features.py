@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from models import memories
 from timm.models import get_notrace_functions, get_notrace_modules
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
@@ -40,9 +41,9 @@ def test_features_only_has_one_map_for_each_asked_block_with_what_feature_info_s
 @LAYOUTS
 def test_features_train_the_memory_and_get_the_balance_loss(layout: str) -> None:
     features = make_model(layout, features_only=True, out_indices=(3,), write_grad=False).train()
-    before = [block.mlp.memory.clone() for block in features.model.blocks]
+    before = memories(features)
     features(images())[0].square().mean().backward()
-    assert not any(map(torch.equal, before, (block.mlp.memory for block in features.model.blocks)))
+    assert not any(map(torch.equal, before, memories(features)))
     assert all(block.mlp.query.weight.grad.abs().max() > 0 for block in features.model.blocks)
 
 

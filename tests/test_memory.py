@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from models import memories
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -21,10 +22,6 @@ NAMES = ['blocks.0.mlp.memory', 'blocks.1.mlp.memory']
 def make_model(**kwargs: Any) -> AssociativeTransformer:
     args = dict(depth=2, embed_dim=16, num_heads=2, num_classes=7, num_slots=5, slot_dim=3)
     return timm.create_model('test_ait', **dict(args, **kwargs))
-
-
-def memories(model: nn.Module) -> list[Tensor]:
-    return [module.memory.clone() for module in model.modules() if isinstance(module, GlobalWorkspace)]
 
 
 def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:

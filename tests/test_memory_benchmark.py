@@ -12,6 +12,7 @@ import runs
 import timm
 import torch
 import torch.nn.functional as F
+from models import memories
 from photographs import write_noise
 from runs import count_parameters
 from torchvision.transforms.functional import to_pil_image
@@ -30,9 +31,9 @@ def test_a_variant_differs_from_no_memory_in_what_it_adds_alone(variant: str) ->
     differ = {name for name in wanted if shapes[name] != wanted[name]}
     assert all(re.fullmatch(others, name) for name in differ)
     x = torch.randn(3, 3, 32, 32)
-    before = [block.mlp.memory.clone() for block in model.blocks]
+    before = memories(model)
     model.train()(x)
-    is_moved = [not torch.equal(block.mlp.memory, old) for block, old in zip(model.blocks, before, strict=True)]
+    is_moved = [not torch.equal(*pair) for pair in zip(memories(model), before, strict=True)]
     assert is_moved == [not variant.startswith(('none', 'wider_mlp', 'registers', 'frozen', 'additive'))] * 2
 
 

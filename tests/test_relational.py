@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models import memories
 from timm.models import get_notrace_functions, get_notrace_modules
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -37,10 +38,6 @@ def inputs(count: int = B, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     image = torch.rand(count, 3, SIDE, SIDE, generator=generator)
     return image, torch.randint(2, (count, Q), generator=generator).float()
-
-
-def memories(model: nn.Module) -> list[Tensor]:
-    return [block.mlp.memory.clone() for block in model.blocks]
 
 
 def train_step(model: nn.Module, seed: int = 0) -> Tensor:

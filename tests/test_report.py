@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from models import memories
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
@@ -113,9 +114,9 @@ def test_a_relational_model_is_shown_images_and_questions() -> None:
 def test_a_memory_that_writes_in_evaluation_and_a_part_in_another_mode_stay_as_they_were() -> None:
     model = timm.create_model('test_ait', depth=2, write_mode='always').train()
     model.blocks[0].attn.eval()
-    before = [block.mlp.memory.clone() for block in model.blocks]
+    before = memories(model)
     memory_report(model, torch.randn(3, 3, 32, 32))
-    assert all(torch.equal(a, block.mlp.memory) for a, block in zip(before, model.blocks, strict=True))
+    assert all(map(torch.equal, before, memories(model)))
     assert model.training
     assert not model.blocks[0].attn.training
 

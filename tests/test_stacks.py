@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models import memories
 from timm.models.vision_transformer import VisionTransformer
 from timm.task import FeatureDistillationTask
 from timm.utils import freeze, unfreeze
@@ -47,10 +48,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         return name.replace('_orig_mod.', '').replace('_checkpoint_wrapped_module.', '')
 
     return {name_of(name): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def memories(model: nn.Module) -> list[Tensor]:
-    return [module.memory.clone() for module in model.modules() if isinstance(module, GlobalWorkspace)]
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

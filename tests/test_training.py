@@ -14,6 +14,7 @@ import timm
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from models import memories
 from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -40,10 +41,6 @@ def vit_layout(**kwargs: Any) -> AssociativeTransformer:
 def batch(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(B, 3, 32, 32, generator=generator), torch.randint(0, CLASSES, (B,), generator=generator)
-
-
-def memories(model: nn.Module) -> list[Tensor]:
-    return [block.mlp.memory.clone() for block in model.blocks]
 
 
 def assert_sane(model: nn.Module) -> None:
