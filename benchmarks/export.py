@@ -31,6 +31,7 @@ import timm_ait  # noqa: F401  registers the models
 
 Run = Callable[[Tensor], Tensor]
 Form = tuple[Run, Path]
+ANY_BATCH = ({0: torch.export.Dim('batch', min=1, max=4096)},)
 
 
 @dataclass
@@ -60,16 +61,14 @@ def _saved(model: nn.Module, path: Path) -> Form:
 
 
 def _dynamic(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim('batch', min=1, max=4096)
-    return torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    return torch.export.export(model, (images,), dynamic_shapes=ANY_BATCH)
 
 
 def _onnx(model: nn.Module, images: Tensor, path: Path, dynamo: bool) -> Form:
     from onnxruntime import InferenceSession, SessionOptions
 
     if dynamo:
-        batch = torch.export.Dim('batch', min=1, max=4096)
-        options = dict(dynamic_shapes=({0: batch},), external_data=False)
+        options = dict(dynamic_shapes=ANY_BATCH, external_data=False)
     else:
         options = dict(input_names=['images'], dynamic_axes={'images': {0: 'batch'}})
     torch.onnx.export(model, (images,), path, dynamo=dynamo, verbose=False, **options)

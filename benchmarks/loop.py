@@ -165,18 +165,18 @@ def fit(
             for batch in _batches(data, settings, epoch, done, workers):
                 run.train(batch)
                 bar.update()
-                if run.step % per_epoch == 0 or run.step == run.steps:
+                is_last = run.step == run.steps
+                if run.step % per_epoch == 0 or is_last:
                     bar.set_postfix(seen := run.end_epoch())
                     if bar.disable:  # no terminal, but perhaps a log
                         print(f'{name}: {run.step} of {run.steps} steps, {seen}', file=sys.stderr, flush=True)
-                if checkpoint is not None and (run.step % (save_every or per_epoch) == 0 or run.step == run.steps):
+                is_late = deadline is not None and time.monotonic() >= deadline and not is_last
+                if checkpoint is not None and (run.step % (save_every or per_epoch) == 0 or is_last or is_late):
                     write_whole(checkpoint, partial(torch.save, run.state()))
-                if run.step == run.steps:
-                    break
-                if deadline is not None and time.monotonic() >= deadline:
-                    if checkpoint is not None:
-                        write_whole(checkpoint, partial(torch.save, run.state()))
+                if is_late:
                     raise OutOfTimeError(f'stopped after step {run.step} of {run.steps}')
+                if is_last:
+                    break
         bar.close()
     run.seconds = run._elapsed()
     return run

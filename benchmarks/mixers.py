@@ -63,7 +63,7 @@ class Mixer(nn.Module):
 
 
 class ViT(Mixer):
-    """The blocks of timm's VisionTransformer, without qkv bias
+    """The blocks of timm's VisionTransformer, without qkv bias.
 
     Dosovitskiy et al., https://arxiv.org/abs/2010.11929
     """

@@ -121,7 +121,7 @@ def _look(
     assert seen.last_shares is not None
     B, N, _ = h.shape
     tokens = h if workspace.has_copies() else h.flatten(0, 1)  # (B, N, E) or (T, E)
-    keys, _ = workspace._project(tokens)
+    keys, _ = workspace.keys_and_values(tokens)
     selection = workspace.select(workspace.memory, tokens, keys)
     entropy = torch.special.entr(selection.gates).sum(dim=-1).mean()
     loss = workspace.balance_weight * load_balance_loss(selection, tokens.shape[-2])

@@ -416,7 +416,7 @@ def check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int
         )
 
 
-def _check_fixed_tokens(dynamic_img_size: bool, patch_drop_rate: float = 0.0) -> None:
+def _check_fixed_tokens(dynamic_img_size: bool, patch_drop_rate: float) -> None:
     if dynamic_img_size or patch_drop_rate > 0:
         raise ValueError(
             f"global_pool='flatten' needs a fixed number of tokens, got dynamic_img_size={dynamic_img_size} and "

@@ -231,7 +231,7 @@ class GlobalWorkspace(nn.Module):
                 "write_scope='image' needs the tokens of each image, shape (B, N, E), got "
                 f"{tuple(h.shape)}; give them so, or take write_scope='batch'"
             )
-        keys, values = self._project(h)
+        keys, values = self.keys_and_values(h)
         with without_autocast(h):  # selection, softmax and average stay in float32; the logits, where `top_logits` can
             selection = self.select(memory, h, keys)
             if self.balance_weight > 0 and self.is_writing():
@@ -243,7 +243,7 @@ class GlobalWorkspace(nn.Module):
                 new = self.update(memory, heads)
         return MemoryWrite(new, loss, memory, heads.detach(), selection.lse)
 
-    def _project(self, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def keys_and_values(self, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values (..., T, S*D) of the tokens; None where W_K and W_V can be folded into other products."""
         keys = None if is_plain(self.query, self.key) else self.key(h)
         return keys, None if is_plain(self.value) else self.value(h)
