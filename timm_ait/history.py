@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .hub import build_model, read_checkpoint
+from .checkpoint import build_model, read_checkpoint
 from .inspection import inspect
 
 __all__ = [

@@ -19,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from timm_ait import AssociativeTransformer, RelationalTransformer, drawing
 from timm_ait.card import MODES
+from timm_ait.checkpoint import build_model, read_checkpoint
 from timm_ait.history import (
     Drift,
     find_checkpoints,
@@ -29,7 +30,6 @@ from timm_ait.history import (
     read_memories,
     write_csv,
 )
-from timm_ait.hub import build_model, read_checkpoint
 from timm_ait.page import Page, visualize
 from timm_ait.pretrained import WeightsError
 
