@@ -1,12 +1,11 @@
 """MODEL_CARD.md is made from the registered models and the results, and is up to date."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import model_card
 import pytest
 import timm
 import torch
@@ -31,22 +30,12 @@ FACT: dict[str, Any] = dict(
 
 
 @pytest.fixture(scope='module')
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location('model_card', ROOT / 'benchmarks' / 'model_card.py')
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def card() -> str:
+    return model_card.make_card([FACT])
 
 
-@pytest.fixture(scope='module')
-def card(script: ModuleType) -> str:
-    return script.make_card([FACT])
-
-
-def test_the_card_in_the_repository_is_up_to_date(script: ModuleType) -> None:
-    assert script.CARD.read_text() == script.make_card(script.read_facts(script.RESULTS)), (
+def test_the_card_in_the_repository_is_up_to_date() -> None:
+    assert model_card.CARD.read_text() == model_card.make_card(model_card.read_facts(model_card.RESULTS)), (
         'MODEL_CARD.md is out of date: run python benchmarks/model_card.py'
     )
 
@@ -66,19 +55,19 @@ def test_the_weights_are_as_accurate_on_a_tenth_of_the_test_images(fact: dict[st
 
 
 def test_check_fails_for_a_card_that_is_out_of_date_and_passes_after_writing_it(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, 'CARD', tmp_path / 'MODEL_CARD.md')
+    monkeypatch.setattr(model_card, 'CARD', tmp_path / 'MODEL_CARD.md')
     for content in (None, 'yesterday'):
         if content:
-            script.CARD.write_text(content)
+            model_card.CARD.write_text(content)
         monkeypatch.setattr(sys, 'argv', ['model_card.py', '--check'])
         with pytest.raises(SystemExit, match=r'MODEL_CARD\.md is out of date: run python benchmarks/model_card\.py'):
-            script.main()
+            model_card.main()
     monkeypatch.setattr(sys, 'argv', ['model_card.py'])
-    script.main()
+    model_card.main()
     monkeypatch.setattr(sys, 'argv', ['model_card.py', '--check'])
-    script.main()
+    model_card.main()
 
 
 def test_the_card_lists_every_model_and_every_vit(card: str) -> None:
@@ -98,27 +87,25 @@ def test_the_hub_reads_the_head_of_the_card(card: str) -> None:
     assert data.eval_results[0].metric_value == 12.34
 
 
-def test_a_result_without_its_origin_is_refused_and_its_origin_is_on_the_card(
-    card: str, script: ModuleType, tmp_path: Path
-) -> None:
+def test_a_result_without_its_origin_is_refused_and_its_origin_is_on_the_card(card: str, tmp_path: Path) -> None:
     assert '12.34' in card
     assert '`python -m timm_ait validate.py` at commit `c0ffee`, seed 7, a toaster' in card
     path = tmp_path / 'weights.json'
     path.write_text(json.dumps([dict(FACT, seed=None)]))
     with pytest.raises(ValueError, match=r'weights\.json: ait_vit_base_patch16_224\.sam_in1k lacks seed'):
-        script.read_facts(path)
+        model_card.read_facts(path)
     path.write_text(json.dumps([dict(FACT, weights='ait_small.mine')]))
     with pytest.raises(ValueError, match=r'ait_small\.mine is no tag of a model; use one of ait_small\.untrained'):
-        script.read_facts(path)
+        model_card.read_facts(path)
 
 
 def test_every_block_of_the_card_in_the_repository_runs_as_it_stands(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new('RGB', (40, 50)).save('image.png')
-    blocks = blocks_of(script.CARD.read_text())
-    assert len(blocks) == script.CARD.read_text().count('```python') == 3
+    blocks = blocks_of(model_card.CARD.read_text())
+    assert len(blocks) == model_card.CARD.read_text().count('```python') == 3
     known: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block.code, 'MODEL_CARD.md', 'exec'), known)
@@ -126,29 +113,29 @@ def test_every_block_of_the_card_in_the_repository_runs_as_it_stands(
 
 
 def test_only_models_that_were_run_with_the_same_settings_are_compared(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, 'TABLES', tmp_path / 'none')
-    assert 'Trained from scratch' not in script.make_card([FACT])
-    monkeypatch.setattr(script, 'TABLES', tmp_path)
+    monkeypatch.setattr(model_card, 'TABLES', tmp_path / 'none')
+    assert 'Trained from scratch' not in model_card.make_card([FACT])
+    monkeypatch.setattr(model_card, 'TABLES', tmp_path)
     for row, epochs in (('ait', 5), ('vit_small', 5), ('perceiver', 5), ('ait', 7), ('ait_no_memory', 9)):
         record = {'row': row, 'seed': 1, 'top1': 12.5 + epochs, 'parameters': 2_000_000, 'log': [{'loss': 0.5}]}
         record['arguments'] = {'table': 'cifar10', 'epochs': epochs}
         (tmp_path / f'{row}-{epochs}.json').write_text(json.dumps(record))
-    card = script.make_card([FACT])
+    card = model_card.make_card([FACT])
     assert card.count('Trained from scratch') == 1
     assert 'Trained from scratch, cifar10: epochs 5:' in card
     assert '| ait | 2.00 | 1 | 17.50 |  |  | 0.500 |\n| vit_small | 2.00 | 1 | 17.50 | +0.00 |  | 0.500 |\n\n' in card
 
 
 def test_the_accuracy_at_each_batch_size_is_on_the_card_with_its_command(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, 'BATCH_SIZES', tmp_path / 'sizes.json')
-    assert 'batch size |' not in script.make_card([FACT])
+    monkeypatch.setattr(model_card, 'BATCH_SIZES', tmp_path / 'sizes.json')
+    assert 'batch size |' not in model_card.make_card([FACT])
     ways = {'ours': {'7': {'top1': 70.5, 'difference': 0.0}}}
     record = {'batch_sizes': ways, 'command': 'python it.py', 'commit': 'c0ffee', 'cpu': 'a toaster'}
-    script.BATCH_SIZES.write_text(json.dumps(record))
-    card = script.make_card([FACT])
+    model_card.BATCH_SIZES.write_text(json.dumps(record))
+    card = model_card.make_card([FACT])
     assert '| batch size | 7 |\n|---|---|\n| ours: top-1, % | 70.50 |' in card
     assert '`python it.py` at commit `c0ffee`, a toaster' in card

@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import timm_ait
@@ -38,6 +39,5 @@ def test_importing_registers_the_models_and_does_nothing_else() -> None:
         assert state() == before
         assert {'ait_small', 'test_ait'} <= set(timm.list_models()) - models
     """
-    script = '\n'.join(line.removeprefix(' ' * 8) for line in script.splitlines())
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(script)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ''), done.stderr

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -354,7 +355,6 @@ def test_a_missing_matplotlib_is_named_and_importing_the_package_needs_none() ->
         drawing.find_spec = lambda name: None
         visualize.main(['test_ait', '.'])
     """
-    script = '\n'.join(line.strip() for line in script.splitlines())
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(script)], capture_output=True, text=True, check=False)
     expected = "python -m timm_ait.visualize: the pictures need matplotlib: pip install 'timm_ait[visualize]'\n"
     assert (done.returncode, done.stderr) == (1, expected)
