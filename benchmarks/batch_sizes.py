@@ -23,7 +23,7 @@ from torch import nn
 
 from timm_ait import GlobalWorkspace
 from timm_ait.card import batch_table
-from timm_ait.visualize import load_model
+from timm_ait.checkpoint import load_model
 
 BATCH_SIZES = (1, 7, 64, 512)
 

@@ -18,7 +18,7 @@ from record import positive, told
 from torch.utils.data import DataLoader
 
 from timm_ait import BlockReport, format_report, memory_report
-from timm_ait.visualize import load_model
+from timm_ait.checkpoint import load_model
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from timm_ait import GlobalWorkspace, drawing, page, visualize
-from timm_ait.history import find_checkpoints, follow_training, measure_drift, read_memories
+from timm_ait.checkpoint import find_checkpoints, load_model
+from timm_ait.history import follow_training, measure_drift, read_memories
 from timm_ait.inspection import BlockInspection, inspect
 from timm_ait.visualize import Page, main
 
@@ -272,7 +273,7 @@ def test_a_model_by_name_takes_a_checkpoint_and_checkpoints_for_drift(run: Path,
     main(['test_ait', str(photos), '--checkpoint', files[0], '--checkpoints', *files, '--out', str(tmp_path)])
     assert 'Drift of the memory' in (tmp_path / 'memory.html').read_text()
     assert 'Training by epoch' not in (tmp_path / 'memory.html').read_text()
-    assert torch.equal(visualize.load_model(files[1]).blocks[1].mlp.memory, read_memories(Path(files[1]))[1])
+    assert torch.equal(load_model(files[1]).blocks[1].mlp.memory, read_memories(Path(files[1]))[1])
 
 
 def test_a_model_of_one_channel_sees_grey_images(photos: Path) -> None:

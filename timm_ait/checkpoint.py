@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,22 @@ import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import WORKSPACE_ARGS
 from .convert import fit_pretrained
+from .relational import RelationalTransformer
 from .transformer import AssociativeTransformer
 
-__all__ = ['Checkpoint', 'build_model', 'read_checkpoint']
+__all__ = [
+    'Checkpoint',
+    'build_model',
+    'find_checkpoints',
+    'label_of',
+    'load_checkpoint',
+    'load_model',
+    'read_checkpoint',
+]
 
 # What an export keeps of the config that timm wrote beside the weights.
 SAVED = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'license')
@@ -145,3 +155,66 @@ def _model_args(model: AssociativeTransformer) -> dict[str, Any]:
     args = {name: getattr(model.blocks[0].mlp, name) for name in WORKSPACE_ARGS}
     args |= {'num_classes': model.num_classes, 'in_chans': model.in_chans, 'global_pool': model.global_pool}
     return {**args, 'img_size': list(model.patch_embed.img_size)}
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The files ``checkpoint-<epoch>.pth.tar`` that timm's train.py has left in ``folder``, by epoch.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    paths = [path for path in folder.glob('checkpoint-*.pth.tar') if re.fullmatch(r'\d+', label_of(path))]
+    if not paths:
+        raise ValueError(f'{folder} holds no checkpoint-<epoch>.pth.tar; give the output folder of train.py')
+    return sorted(paths, key=lambda path: int(label_of(path)))
+
+
+def label_of(path: Path) -> str:
+    """The epoch in the name of a checkpoint of train.py, or what stands in its place."""
+    return path.name.removeprefix('checkpoint-').removesuffix('.pth.tar')
+
+
+def load_checkpoint(path: Path) -> nn.Module:
+    """The model of a checkpoint of train.py, which says its name and its arguments, with its weights.
+
+    Raises:
+        ValueError: If the file is no such checkpoint.
+    """
+    read = read_checkpoint(path)
+    if not read.args.get('model'):
+        raise ValueError(f'{path} does not say which model it holds; name the model, and give --checkpoint {path}')
+    return build_model(read, path, '', {})[0]
+
+
+def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
+    """The model that the command line names: by its name in timm, by a checkpoint, or by the folder of train.py.
+
+    Raises:
+        ValueError: If there is no such model, or if it has no memory.
+    """
+    path = Path(name)
+    if timm.is_model(name) or name.startswith(('hf-hub:', 'local-dir:')):
+        try:
+            _check(name, timm.create_model(name))
+        except RuntimeError as error:  # no such tag
+            raise ValueError(f'timm cannot make {name}: {error}') from error
+        if checkpoint is not None:
+            return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
+        return timm.create_model(name, pretrained=True)
+    if not path.exists():
+        raise ValueError(f'expected the name of a model, a checkpoint or the folder of train.py, got {name}')
+    if checkpoint is not None:
+        raise ValueError(f'--checkpoint goes with the name of a model, but {name} is a file or folder; leave one out')
+    return _check(name, load_checkpoint(find_checkpoints(path)[-1] if path.is_dir() else path))
+
+
+def _check(name: str, model: nn.Module) -> nn.Module:
+    """The model, if it has memories and takes images alone."""
+    if not isinstance(model, AssociativeTransformer):
+        raise ValueError(f'{name} has no memory to look into; name a model of this package, such as test_ait')
+    if isinstance(model, RelationalTransformer):
+        raise ValueError(
+            f'{name} answers questions, and a folder of images holds none; in Python call '
+            'timm_ait.visualize.visualize(model, images, questions)'
+        )
+    return model

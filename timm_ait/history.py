@@ -1,7 +1,6 @@
 """Follow the memories of a model over the checkpoints of a training: how far they move, and what they do."""
 
 import csv
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,17 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checkpoint import build_model, read_checkpoint
+from .checkpoint import find_checkpoints, label_of, load_checkpoint, read_checkpoint
 from .inspection import inspect
 
 __all__ = [
     'Drift',
-    'find_checkpoints',
     'follow_training',
-    'label_of',
-    'load_checkpoint',
     'measure_drift',
     'read_memories',
     'write_csv',
@@ -72,35 +68,6 @@ def read_memories(path: Path) -> Tensor:
     if not memories:
         raise ValueError(f'{path} holds no memory; give checkpoints of an Associative Transformer')
     return torch.stack(memories)
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The files ``checkpoint-<epoch>.pth.tar`` that timm's train.py has left in ``folder``, by epoch.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    paths = [path for path in folder.glob('checkpoint-*.pth.tar') if re.fullmatch(r'\d+', label_of(path))]
-    if not paths:
-        raise ValueError(f'{folder} holds no checkpoint-<epoch>.pth.tar; give the output folder of train.py')
-    return sorted(paths, key=lambda path: int(label_of(path)))
-
-
-def label_of(path: Path) -> str:
-    """The epoch in the name of a checkpoint of train.py, or what stands in its place."""
-    return path.name.removeprefix('checkpoint-').removesuffix('.pth.tar')
-
-
-def load_checkpoint(path: Path) -> nn.Module:
-    """The model of a checkpoint of train.py, which says its name and its arguments, with its weights.
-
-    Raises:
-        ValueError: If the file is no such checkpoint.
-    """
-    read = read_checkpoint(path)
-    if not read.args.get('model'):
-        raise ValueError(f'{path} does not say which model it holds; name the model, and give --checkpoint {path}')
-    return build_model(read, path, '', {})[0]
 
 
 def follow_training(run: Path, images: Tensor) -> list[dict[str, Any]]:

@@ -247,8 +247,9 @@ class AssociativeTransformer(VisionTransformer):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles: a copy of the model whose workspaces only read."""
+        methods = 'write', 'keys_and_values', 'select', 'attend', 'update', 'fold_queries'
         for workspace in self._workspaces():
-            if workspace.has_copies() and workspace.overrides('write', 'select', 'attend', 'update', 'fold_queries'):
+            if workspace.has_copies() and workspace.overrides(*methods):
                 name = type(workspace).__name__
                 raise ValueError(
                     f'TorchScript writes copies as GlobalWorkspace does, and {name} in another way; use torch.export'

@@ -17,23 +17,14 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
-from timm_ait import AssociativeTransformer, RelationalTransformer, drawing
+from timm_ait import drawing
 from timm_ait.card import MODES
-from timm_ait.checkpoint import build_model, read_checkpoint
-from timm_ait.history import (
-    Drift,
-    find_checkpoints,
-    follow_training,
-    label_of,
-    load_checkpoint,
-    measure_drift,
-    read_memories,
-    write_csv,
-)
+from timm_ait.checkpoint import find_checkpoints, label_of, load_model
+from timm_ait.history import Drift, follow_training, measure_drift, read_memories, write_csv
 from timm_ait.page import Page, visualize
 from timm_ait.pretrained import WeightsError
 
-__all__ = ['Page', 'load_model', 'main', 'read_images', 'visualize']
+__all__ = ['Page', 'main', 'read_images', 'visualize']
 
 
 def read_images(folder: str | os.PathLike[str], model: nn.Module, count: int) -> Tensor:
@@ -67,40 +58,6 @@ def _read_image(path: Path) -> Any:
         return default_loader(str(path))
     except Exception as error:  # Pillow has many for damaged and for huge files, not always with their names
         raise ValueError(f'{path} cannot be read ({error}); remove it or copy it once more') from error
-
-
-def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
-    """The model that the command line names: by its name in timm, by a checkpoint, or by the folder of train.py.
-
-    Raises:
-        ValueError: If there is no such model, or if it has no memory.
-    """
-    path = Path(name)
-    if timm.is_model(name) or name.startswith(('hf-hub:', 'local-dir:')):
-        try:
-            _check(name, timm.create_model(name))
-        except RuntimeError as error:  # no such tag
-            raise ValueError(f'timm cannot make {name}: {error}') from error
-        if checkpoint is not None:
-            return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
-        return timm.create_model(name, pretrained=True)
-    if not path.exists():
-        raise ValueError(f'expected the name of a model, a checkpoint or the folder of train.py, got {name}')
-    if checkpoint is not None:
-        raise ValueError(f'--checkpoint goes with the name of a model, but {name} is a file or folder; leave one out')
-    return _check(name, load_checkpoint(find_checkpoints(path)[-1] if path.is_dir() else path))
-
-
-def _check(name: str, model: nn.Module) -> nn.Module:
-    """The model, if it has memories and takes images alone."""
-    if not isinstance(model, AssociativeTransformer):
-        raise ValueError(f'{name} has no memory to look into; name a model of this package, such as test_ait')
-    if isinstance(model, RelationalTransformer):
-        raise ValueError(
-            f'{name} answers questions, and a folder of images holds none; in Python call '
-            'timm_ait.visualize.visualize(model, images, questions)'
-        )
-    return model
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
