@@ -131,6 +131,7 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     'task and distillation': lambda x: 0.3 * ce(x) + 0.7 * z(x),
     'task and a small penalty': lambda x: ce(x) + 0.01 * z(x),
     'task and a large weight': lambda x: 10 * ce(x) + z(x),
+    'a term divided by a small number': lambda x: ce(x) + z(x) / 0.1,
     'mixup by a tensor': lambda x: LAM * ce(x) + (1 - LAM) * ce(x.flip(0)),
     'mixup by halves in a tensor': lambda x: HALF * ce(x) + HALF * ce(x.flip(0)),
     'a penalty with a tensor for its weight': lambda x: ce(x) + LAM * z(x),
@@ -183,6 +184,7 @@ SCALED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     'accumulation of distillation': (lambda x: (0.3 * ce(x) + 0.7 * z(x)) / 4, 1 / 4),
     'accumulation of the two sides of CLIP': (lambda x: (ce(x) + ce(x.flip(0))) / 2 / 4, 1 / 4),
     'accumulation of a sum': (lambda x: ce(x, reduction='sum') / B / 4, 1 / 4),
+    'half a sum, divided by the samples': (lambda x: 0.5 * ce(x, reduction='sum') / B, 1 / 2),
     'accumulation of a sum, at once': (lambda x: ce(x, reduction='sum') / (4 * B), 1 / 4),
     'accumulation of a sum, by a count of all items': (lambda x: ce(x, reduction='sum') / COUNT, 1 / 4),
     'accumulation of a sum, by a count in floating point': (lambda x: ce(x, reduction='sum') / COUNT.float(), 1 / 4),
@@ -340,6 +342,25 @@ def test_every_forward_of_one_loss_counts() -> None:
     model = Model()
     sum(ce(model()) / 2 for _ in range(2)).backward()
     assert model.factor() == pytest.approx(2 / 2)
+
+
+@pytest.mark.parametrize(
+    'loss',
+    [
+        lambda a, b: ce(a) + 10 * z(b),  # a loss of images without labels
+        lambda a, b: ce(a) + 6 / B * F.kl_div(b.log_softmax(-1), a.softmax(-1), reduction='sum'),
+        lambda a, b: ce(a) + 6 * ((1 / B) * F.kl_div(b.log_softmax(-1), a.softmax(-1), reduction='sum')),  # TRADES
+        lambda a, b: ce(a) + z(b) / 0.1,
+        lambda a, b: ce(a) + torch.tensor(10.0) * z(b),
+    ],
+)
+@pytest.mark.parametrize('steps', [1, 4])
+def test_a_large_weight_of_another_forward_does_not_weigh_the_balance_loss(
+    loss: Callable[[Tensor, Tensor], Tensor], steps: int
+) -> None:
+    first, second = Model(), Model()
+    (loss(first(), second()) / steps).backward()
+    assert first.factor() == second.factor() == pytest.approx(1 / steps)
 
 
 def test_gradients_of_inputs_alone_are_those_of_the_loss_alone() -> None:

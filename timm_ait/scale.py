@@ -5,8 +5,8 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
 
 - a tensor of one element that was computed from larger outputs is a loss of scale 1;
 - ``loss / n`` and ``loss * tensor`` scale; ``loss * number`` scales too, unless the product becomes a term of a sum;
-- a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b`` and ``0.3 * a + 0.7 * b`` have 1,
-  with numbers and with tensors;
+- a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b``, ``a + b / 0.1`` and
+  ``0.3 * a + 0.7 * b`` have 1, with numbers and with tensors;
 - the first division of a sum over elements takes their mean: ``x.sum() / n`` has 1 for any n, and so has
   ``cross_entropy(..., reduction='sum') / B`` for B samples, but B/N for a whole number N above B, as that of all
   samples of an accumulated batch (a multiple of B, where each sample has several targets); other terms may stand beside
@@ -142,8 +142,9 @@ def _scaled_by_number(term: Term, by: Any, is_division: bool) -> Term:
     divisor = by if is_division else (1 / by if by else math.inf)
     if divisor in (0.0, math.inf):
         return replace(term, weight=0.0 if divisor else term.weight)
-    if term.summed and divisor > 1 and (not term.is_sum_of_losses or math.isclose(divisor, term.summed[0])):
-        elements, items = term.summed
+    elements, items = term.summed or (0, 0)
+    is_weight = divisor <= 1 or (not is_division and divisor < items)
+    if term.summed and not is_weight and (not term.is_sum_of_losses or math.isclose(divisor, elements)):
         times = divisor / items if items else 0
         is_whole = math.isclose(divisor, round(divisor))
         if elements != items:  # a number of something else, such as boxes, seldom is a multiple
@@ -234,13 +235,13 @@ def _merge(terms: tuple[Term, ...]) -> Term:
         return first
     is_one_forward = all(term.forwards == first.forwards for term in terms)
     is_alike = is_one_forward and all(term.kind == first.kind for term in terms)
-    weights = [term.weight for term in terms]
+    scales, weights = [term.scale for term in terms], [term.weight for term in terms]
     is_even = all(math.isclose(term.scale * term.weight, first.scale * first.weight) for term in terms)
     merged = Term(
         kind=tuple(dict.fromkeys(step for term in terms for step in term.kind)),
         forwards=frozenset().union(*(term.forwards for term in terms)),
-        scale=max(term.scale for term in terms),
-        weight=weights[0] if len(set(weights)) == 1 else 1.0 if is_one_forward else max(weights),
+        scale=_shared_number(scales),
+        weight=1.0 if is_one_forward and len(set(weights)) > 1 else _shared_number(weights),
         factor=_shared_factor([term.factor for term in terms], is_one_forward),
         summed=_shared_sum(terms, is_one_forward),
         is_sum_of_losses=first.is_sum_of_losses,
@@ -252,6 +253,11 @@ def _merge(terms: tuple[Term, ...]) -> Term:
     if is_alike and is_even and not merged.summed:
         return replace(merged, summed=(n, n), is_sum_of_losses=True)
     return merged
+
+
+def _shared_number(numbers: list[float]) -> float:
+    """The number of all terms. Where they differ, the largest, but at most 1: a larger one is the weight of a term."""
+    return numbers[0] if len(set(numbers)) == 1 else min(max(numbers), 1.0)
 
 
 def _shared_factor(factors: list[Tensor | None], is_one_forward: bool) -> Tensor | None:
