@@ -47,6 +47,26 @@ def test_images_that_differ_as_wholes_vary_over_images_too() -> None:
     assert seen.varies_over_images == pytest.approx(seen.varies_over_tokens) == pytest.approx(math.sqrt(0.5))
 
 
+def test_a_map_of_tokens_is_one_image_of_them_and_tokens_alone_are_one_image() -> None:
+    layer = GlobalWorkspace(8, num_slots=4, slot_dim=5)
+    tokens = torch.randn(2, 12, 8)
+    (lined_up,) = memory_report(layer, tokens)
+    (as_map,) = memory_report(layer, tokens.unflatten(1, (3, 4)))
+    (alone,) = memory_report(layer, tokens.flatten(0, 1))
+    assert vars(as_map) == pytest.approx(vars(lined_up))
+    assert vars(alone) == pytest.approx(dict(vars(lined_up), varies_over_images=0), abs=1e-3)
+
+
+class Unread(GlobalWorkspace):
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        return h
+
+
+def test_a_layer_that_reads_in_another_way_is_named() -> None:
+    with pytest.raises(ValueError, match='nothing was retrieved in a workspace of class Unread'):
+        memory_report(nn.Sequential(GlobalWorkspace(8), Unread(8)), torch.randn(2, 5, 8))
+
+
 def test_several_batches_count_as_one_and_the_model_stays_as_it_was() -> None:
     model = timm.create_model('test_ait', depth=2, retrieval_steps=2).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -128,6 +128,33 @@ def test_a_token_retrieves_the_softmax_of_its_products_with_the_attractors() -> 
     assert seen.grid == (1, 1)
 
 
+def test_tokens_of_a_map_and_of_later_stages_have_their_own_grid() -> None:
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed = make_model('vit').patch_embed  # a grid of 4 x 4
+            self.first, self.second, self.third = (GlobalWorkspace(34, num_slots=3, slot_dim=5) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(self.patch_embed(x))
+            x = self.second(x[:, :4])
+            return self.third(x.unflatten(1, (1, 4)))
+
+    torch.manual_seed(0)
+    blocks = inspect(Stages(), images(B))
+    assert [block.grid for block in blocks] == [(4, 4), (2, 2), (1, 4)]
+    assert blocks[2].on_grid(blocks[2].shares.transpose(1, 2)).shape == (B, 3, 1, 4)
+
+
+def test_a_layer_that_reads_in_another_way_is_named() -> None:
+    class Unread(GlobalWorkspace):
+        def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+            return h
+
+    with pytest.raises(ValueError, match='nothing was retrieved in a workspace of class Unread'):
+        inspect(Unread(8), torch.randn(2, 5, 8))
+
+
 def test_the_energy_falls_along_the_steps_and_is_the_one_of_the_paper() -> None:
     seen = by_hand(torch.eye(2), torch.tensor([[[math.log(3), 0.0]]]), gain=1, retrieval_steps=7)
     first, second = seen.energy[0, 0, :2].tolist()

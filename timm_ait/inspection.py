@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .hopfield import HopfieldRetrieval, hopfield_energy
-from .report import BlockReport, Sums, watch
+from .report import BlockReport, Sums, by_image, check_all_read, watch
 from .selection import dense, load_balance_loss
 from .workspace import GlobalWorkspace
 
@@ -31,7 +31,8 @@ class BlockInspection:
         steps: Retrieval steps that the layer does; the energy may go on for some more.
         tokens_read: How many tokens a slot reads: exp of the mean entropy of the gates, 1 to k.
         balance_loss: The weighted balance loss of these images.
-        grid: Rows and columns of the patches, which are the last tokens of an image.
+        grid: Rows and columns of the patches, which are the last tokens of an image; fewer in a later stage of a model
+            with stages.
         report: The numbers of :func:`timm_ait.memory_report`.
     """
 
@@ -89,7 +90,7 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
         One for each workspace, from the first block to the last.
 
     Raises:
-        ValueError: If the model has no workspace, or if there is no image.
+        ValueError: If the model has no workspace or one that retrieves nothing, or if there is no image.
     """
     if len(images) == 0:
         raise ValueError(f'expected at least one image (B, C, H, W), got {tuple(images.shape)}')
@@ -100,7 +101,9 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
     with watch(model) as sums:
         hooks = [
             workspace.retrieval.register_forward_hook(
-                lambda _, args, __, workspace=workspace, seen=seen: found.append(_look(workspace, seen, args, grid))
+                lambda _, args, __, workspace=workspace, seen=seen: (
+                    found.append(_look(workspace, seen, args, grid)) if seen.images else None
+                )
             )
             for workspace, seen in sums.items()
         ]
@@ -109,6 +112,7 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
         finally:
             for hook in hooks:
                 hook.remove()
+    check_all_read(sums)
     return found
 
 
@@ -116,7 +120,7 @@ def _look(
     workspace: GlobalWorkspace, seen: Sums, args: tuple[Tensor, ...], grid: tuple[int, int] | None
 ) -> BlockInspection:
     """What a forward hook on the retrieval finds: its arguments, and what passed the layers before it."""
-    _, h, attractors = args
+    h, attractors = by_image(args[1]), args[2]
     assert seen.last_slots is not None
     assert seen.last_shares is not None
     B, N, _ = h.shape
@@ -133,9 +137,22 @@ def _look(
         steps=workspace.retrieval.steps,
         tokens_read=entropy.exp().item(),
         balance_loss=loss.item(),
-        grid=grid or (1, N),
+        grid=_grid_of(args[1].shape, grid),
         report=seen.report(),
     )
+
+
+def _grid_of(shape: torch.Size, patches: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of tokens of this shape: those of a map, or those of the patches, which later stages halve."""
+    if len(shape) == 4:
+        return shape[1], shape[2]
+    N = shape[-2]
+    if patches is None:
+        return 1, N
+    H, W = patches
+    while H * W > N:
+        H, W = H // 2, W // 2
+    return (H, W) if H * W else (1, N)
 
 
 def _of_images(gates: Tensor, images: int) -> Tensor:

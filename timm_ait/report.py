@@ -67,8 +67,9 @@ class Sums:
 
     def see_retrieval(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """Hook on the retrieval."""
-        (_, h, attractors), scale = args, kwargs['scale']
-        assert self.last_shares is not None
+        if self.last_slots is None or self.last_shares is None:  # a class that reads in another way
+            return
+        h, attractors, scale = by_image(args[1]), args[2], kwargs['scale']
         shares = self.last_shares.float().view(*h.shape[:-1], -1)  # (T, M) or (B, N, M) -> (B, N, M)
         r = shares @ attractors.float() * (1 if scale is None else scale)  # (B, N, E)
         means = r.mean(dim=1)
@@ -129,6 +130,21 @@ def watch(model: nn.Module) -> Iterator[dict[GlobalWorkspace, Sums]]:
             hook.remove()
 
 
+def by_image(h: Tensor) -> Tensor:
+    """Tokens as (B, N, E): those of a map (B, H, W, E) side by side, and (T, E) as those of one image."""
+    return h.unsqueeze(0) if h.ndim == 2 else h.flatten(1, -2)
+
+
+def check_all_read(sums: dict[GlobalWorkspace, Sums]) -> None:
+    """Raise ValueError unless every workspace has retrieved something."""
+    silent = sorted({type(workspace).__name__ for workspace, seen in sums.items() if not seen.images})
+    if silent:
+        raise ValueError(
+            f'nothing was retrieved in a workspace of class {", ".join(silent)}: the model does not call it, or it '
+            'reads without self.linear_transform and self.retrieval, which the report watches'
+        )
+
+
 def _store_nothing(*args: Any) -> None:
     """In the place of :meth:`GlobalWorkspace.store`, the only method that changes a memory."""
 
@@ -147,14 +163,18 @@ def memory_report(model: nn.Module, batches: Tensor | Iterable[Any], inputs: int
         One report for each workspace, from the first block to the last.
 
     Raises:
-        ValueError: If the model has no workspace, if there are no images, or if a batch is something else.
+        ValueError: If the model has no workspace or one that retrieves nothing, if there are no images, or if a batch
+            is something else.
     """
+    count = 0
     with watch(model) as sums:
         device = next(iter(sums)).memory.device
         for batch in [batches] if isinstance(batches, Tensor) else batches:
             model(*(x.to(device) for x in _inputs_of(batch, inputs)))
-    if not all(seen.images for seen in sums.values()):
+            count += 1
+    if not count:
         raise ValueError('expected at least one batch of images, got none')
+    check_all_read(sums)
     return [seen.report() for seen in sums.values()]
 
 
