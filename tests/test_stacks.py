@@ -399,6 +399,19 @@ def test_a_loss_that_cannot_be_followed_takes_no_scale_from_another_thread() -> 
 # Functions of functions
 
 
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+def test_an_ensemble_by_vmap_evaluates_and_is_refused_in_training_mode() -> None:
+    models = [make_model().eval() for _ in range(2)]
+    params, buffers = torch.func.stack_module_state(models)
+
+    def run(model: nn.Module) -> Tensor:
+        return torch.func.vmap(lambda p, b: functional_call(model, (p, b), (IMAGES,)))(params, buffers)
+
+    torch.testing.assert_close(run(models[0]), torch.stack([model(IMAGES) for model in models]))
+    with pytest.raises(ValueError, match='vmap over models'):
+        run(models[0].train())
+
+
 def test_torch_func_grad_in_training_mode_gives_the_gradients_of_backward() -> None:
     model = make_model()
     params, buffers = dict(model.named_parameters()), {k: v.clone() for k, v in model.named_buffers()}
@@ -626,6 +639,7 @@ def test_the_balance_loss_of_one_model_by_hand_leaves_that_of_another_alone() ->
 PRIVATE = {
     'torch._C._current_graph_task_id': 'balance.py: the number of the running backward pass',
     'torch._C._will_engine_execute_node': 'balance.py: whether a pass computes the gradient of a parameter',
+    'torch._C._functorch.is_batchedtensor': 'workspace.py: whether vmap hides that parameters are trained',
     'torch._C.DisableTorchFunctionSubclass': 'balance.py: operations on what is inside a tracked tensor',
     'torch.autograd.Variable._execution_engine.queue_callback': 'balance.py: the end of a backward pass',
     'torch.utils._pytree.tree_map': 'balance.py: outputs in lists and dicts',

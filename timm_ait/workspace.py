@@ -54,7 +54,7 @@ def squash(h: Tensor) -> Tensor:
 
 
 class GlobalWorkspace(nn.Module):
-    """Feed-forward layer of an Associative Transformer block; a drop-in for timm's ``Mlp``.
+    """Feed-forward layer of an Associative Transformer block; called by keyword, it stands in for timm's ``Mlp``.
 
     With ``h = LN(W2 GELU(W1 x))`` the layer returns ``h + r``: tokens write into the memory through top-k attention,
     and ``r = softmax(beta h a^T) a`` retrieves, for every token, from the attractors ``a = W_LT gamma + b``.
@@ -435,7 +435,15 @@ class GlobalWorkspace(nn.Module):
 
     def _is_frozen(self) -> bool:
         """Whether the layer has parameters, and all are frozen. FSDP1 and DataParallel keep them elsewhere."""
-        return not any(p.requires_grad for p in self.parameters()) and next(self.parameters(), None) is not None
+        parameters = list(self.parameters())
+        if any(p.requires_grad for p in parameters):
+            return False
+        if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, parameters)):
+            raise ValueError(
+                'torch.func.vmap over models hides whether their parameters are trained, and writes no memory; call '
+                'eval() on the model, or train one model after the other'
+            )
+        return bool(parameters)
 
     def adds_balance_loss(self) -> bool:
         """Whether a backward pass through the next forward would add the gradient of its balance loss."""
