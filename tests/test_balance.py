@@ -238,6 +238,17 @@ def test_outputs_are_plain_where_no_gradient_can_flow() -> None:
     assert type(make_model(write_mode='never')(IMAGES)) is Tensor
 
 
+def test_evaluation_that_writes_has_plain_logits_and_the_gradient_of_the_loss_alone() -> None:
+    model, twin = make_model(write_mode='always').eval(), make_model(write_mode='always').eval()
+    twin.auto_balance = False
+    logits = model(IMAGES)
+    assert type(logits) is Tensor
+    logits.square().sum().backward()
+    twin(IMAGES).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
 def test_the_switch_leaves_plain_logits_and_a_plain_balance_loss() -> None:
     model = make_model()
     model.auto_balance = False

@@ -335,6 +335,20 @@ def check_only_the_ranks_of_a_group_share_a_memory(rank: int, world: int) -> Non
 
 
 @on_every_rank
+def check_pairs_of_ranks_have_a_memory_each(rank: int, world: int) -> None:
+    pairs = [dist.new_group([i, i + 1]) for i in range(0, world, 2)]
+    for kwargs in (dict(), dict(write_scope='image', write_rule='distinct')):
+        layer = make_model(**kwargs).blocks[0].mlp
+        layer.process_group = pairs[rank // 2]
+        layer(torch.randn(3, 5, layer.in_features, generator=generator(rank)))
+        found = [torch.empty_like(layer.memory) for _ in range(world)]
+        dist.all_gather(found, layer.memory)
+        for i in range(0, world, 2):
+            assert torch.equal(found[i], found[i + 1])
+            assert i == 0 or not torch.allclose(found[i], found[0])
+
+
+@on_every_rank
 def check_a_rank_without_images_leaves_the_write_to_the_others(rank: int, world: int) -> None:
     for kwargs in (dict(), dict(write_scope='image', write_rule='distinct')):
         alone, layer = (make_model(**kwargs).blocks[0].mlp for _ in range(2))

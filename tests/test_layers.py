@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from timm_ait.layers import OutputNorm, is_plain, unit_rows
+from timm_ait.layers import OutputNorm, is_plain, rms_norm, unit_rows
 
 N, E = 7, 5
 
@@ -43,6 +43,14 @@ def test_the_derivatives_of_unit_rows_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradgradcheck(unit_rows, x)
 
 
+def test_for_the_older_onnx_exporter_the_norm_of_rows_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(N, E)
+    x[0] = 0
+    expected = rms_norm(x)
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: True)
+    torch.testing.assert_close(rms_norm(x), expected)
+
+
 @pytest.mark.parametrize('make', [lambda: nn.Linear(3, 5), lambda: nn.LayerNorm(3), lambda: nn.Conv2d(2, 3, 5)])
 def test_pytorchs_own_layers_are_plain(make: Callable[[], nn.Module]) -> None:
     assert is_plain(make())
@@ -53,12 +61,18 @@ def replace_forward(layer: nn.Module) -> None:
     layer.forward = lambda x: x  # type: ignore[method-assign]
 
 
+def replace_weight(layer: nn.Linear) -> None:
+    subclass = type('Packed', (Tensor,), {})  # as quantised weights are
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(subclass))
+
+
 CHANGES: dict[str, Callable[[nn.Linear], object]] = {
     'a forward hook': lambda layer: layer.register_forward_hook(lambda *_: None),
     'a hook before forward': lambda layer: layer.register_forward_pre_hook(lambda *_: None),
     'a backward hook': lambda layer: layer.register_full_backward_hook(lambda *_: None),
     'a hook before backward': lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
     'another forward': replace_forward,
+    'a weight of another class': replace_weight,
     'pruning': lambda layer: prune.l1_unstructured(layer, 'weight', amount=0.5),
     'a parametrisation': parametrizations.spectral_norm,
 }

@@ -154,7 +154,23 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     'times minus one by keyword': lambda x: torch.mul(input=x.log_softmax(-1).gather(1, Y[:, None]).mean(), other=-1),
     'one minus': lambda x: 1 - x.softmax(-1).gather(1, Y[:, None]).mean(),
     'shape (1, 1)': lambda x: ce(x, reduction='none')[:, None].mean((0, 1), keepdim=True),
-    'a learned weight': lambda x: ce(x) * torch.ones((), requires_grad=True) + 1,
+    'a learned weight': lambda x: ce(x) * torch.full((), 3.0, requires_grad=True) + 1,
+    'a number in a tensor, divided by it': lambda x: torch.tensor(4.0) / ce(x),
+    'one of two terms divided': lambda x: ce(x) + z(x) / 4,
+    'a sum divided by a count of fewer samples': lambda x: ce(x, reduction='sum') / torch.tensor(4),
+    'a sum over classes divided by its elements': lambda x: (
+        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / (B * C)
+    ),
+    'a sum over classes divided by a count of its elements': lambda x: (
+        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / torch.tensor(B * C)
+    ),
+    'a sum over classes divided by a count of positives': lambda x: (
+        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / torch.tensor(7)
+    ),
+    'a sum over classes divided by a weight': lambda x: (
+        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / torch.tensor(2.0 * B)
+    ),
+    'the mean of a sum, divided by the samples': lambda x: ce(x, reduction='sum').mean() / B,
     'a custom function': Custom.apply,
     'added to a tensor in place': accumulated,
     'written into a tensor': into_buffer,
@@ -176,6 +192,9 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
 SCALED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     'accumulation': (lambda x: ce(x) / 4, 1 / 4),
     'accumulation in place': (in_place, 1 / 4),
+    'divided by a function': (lambda x: torch.divide(ce(x), 4), 1 / 4),
+    'multiplied by a function': (lambda x: torch.multiply(ce(x), 4), 4),
+    'a sum, times a number': (lambda x: ce(x, reduction='sum') * 10, 10),
     'in place as a statement': (in_place_as_statement, 2.0),
     'accumulation of each term': (lambda x: ce(x) / 4 + z(x) / 4, 1 / 4),
     'accumulation of the sum': (lambda x: (ce(x) + z(x)) / 4, 1 / 4),

@@ -249,6 +249,12 @@ WRAPPED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     'around the model, keeping products': lambda m, x: checkpoint(
         m, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
     ),
+    'around the model, keeping copies': lambda m, x: checkpoint(
+        m,
+        x,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aten.clone.default]),
+    ),
     'around each block': lambda m, x: m.forward_head(
         checkpoint(m.blocks[1], checkpoint(m.blocks[0], m.patch_embed(x), use_reentrant=False), use_reentrant=False)
     ),
@@ -295,6 +301,23 @@ def test_checkpointing_from_outside_tells_forwards_of_like_images_apart(kwargs: 
     expected = run_twice(lambda m, x: m(x), batches, at_once, **kwargs)
     found = run_twice(lambda m, x: checkpoint(m, x, use_reentrant=False), batches, at_once, **kwargs)
     assert distance(found, expected) < 1e-9
+
+
+def test_inputs_that_differ_in_one_channel_are_told_apart() -> None:
+    seen, x = replay.Replay(), torch.zeros(16, 64, 64)
+    other = x.clone()
+    other[..., 1] = 1
+    memory, later = torch.zeros(1), torch.ones(1)
+    seen.note(memory, torch.zeros(()), x, is_automatic=False)
+    seen.note(later, torch.zeros(()), other, is_automatic=False)
+    assert seen.memory_before(x) is memory
+
+
+def test_an_input_that_is_overwritten_after_its_forward_is_known_when_it_comes_again() -> None:
+    seen, x, memory = replay.Replay(), torch.ones(2, 3, 5), torch.zeros(1)
+    seen.note(memory, torch.zeros(()), x, is_automatic=False)
+    x.zero_()
+    assert seen.memory_before(torch.ones(2, 3, 5)) is memory
 
 
 def test_checkpointing_from_outside_passes_over_a_forward_without_gradients() -> None:

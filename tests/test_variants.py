@@ -218,6 +218,10 @@ def test_after_training_the_slots_are_still_distinct(scope: str) -> None:
     assert_distinct(model, x)
 
 
+def test_slots_of_zeros_stay_zeros_when_they_are_orthogonalised() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(2, M, D)), torch.zeros(2, M, D))
+
+
 def test_orthogonalised_slots_are_the_nearest_orthogonal_ones_or_evenly_spread() -> None:
     torch.manual_seed(0)
     few = F.normalize(torch.eye(M, D) + 0.1 * torch.randn(M, D), dim=-1)
@@ -269,15 +273,32 @@ def test_the_balance_loss_of_copies_is_the_mean_over_images(kwargs: dict[str, An
 
 
 @variants(IMAGE.values(), ids=IMAGE)
+def test_evaluation_writes_copies_without_a_balance_loss(kwargs: dict[str, Any]) -> None:
+    layer = make_layer(**kwargs).eval()
+    assert layer.write(tokens().detach(), layer.memory).balance_loss.item() == 0
+
+
+@variants(IMAGE.values(), ids=IMAGE)
 def test_an_evaluation_before_a_write_is_differentiated_after_it(kwargs: dict[str, Any]) -> None:
     layer, x = make_layer(**kwargs), tokens()
-    expected = torch.autograd.grad(layer.eval()(x).sum(), layer.fc1.weight)[0]
+    weights = [layer.fc1.weight, layer.query.weight]  # the gradient of W_Q reads the memory
+    expected = torch.autograd.grad(layer.eval()(x).square().sum(), weights)
     y = layer.eval()(x)
     layer.train()(x)
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), layer.fc1.weight)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), weights), expected)
 
 
 # A workspace for every image
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
+@pytest.mark.parametrize('kwargs', [dict(bottleneck=512), dict(bottleneck=5), dict(dtype=torch.bfloat16)], ids=str)
+def test_a_scripted_layer_writes_the_copies_of_the_layer(kwargs: dict[str, Any]) -> None:
+    layer = make_layer(write_scope='image', **kwargs).eval()
+    x = tokens().to(layer.fc1.weight.dtype)
+    with torch.no_grad():
+        scripted = torch.jit.script(layer)(x)
+        torch.testing.assert_close(scripted, layer(x), rtol=0.02, atol=0.02 if 'dtype' in kwargs else 1e-5)
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
@@ -472,6 +493,13 @@ def test_a_layer_that_reads_in_another_way_is_not_fused() -> None:
     with torch.no_grad():
         assert not torch.equal(make_with(GlobalWorkspace)(x), model(x))
         assert torch.equal(reparameterize_model(model)(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['forward', 'feed_forward', 'slots', 'read', 'attractors'])
+def test_a_layer_with_one_method_of_its_own_is_not_fused(name: str) -> None:
+    own = type('Own', (GlobalWorkspace,), {name: lambda self, *args: getattr(super(type(self), self), name)(*args)})
+    layer = own(E)
+    assert layer.fuse() is layer
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')

@@ -339,6 +339,20 @@ def test_a_write_without_gradient_leaves_the_memory_and_the_output_as_with_it() 
     assert not without.step(tokens(), without.memory)[1].memory.requires_grad
 
 
+def test_what_other_ranks_get_of_a_write_has_no_graph() -> None:
+    layer = make_layer()
+    write = layer.step(tokens(), layer.memory.clone())[1]
+    assert write.memory.requires_grad
+    assert not write.heads.requires_grad
+    assert not write.lse.requires_grad
+
+
+def test_without_gradients_a_write_builds_no_graph() -> None:
+    layer = make_layer()
+    with torch.no_grad():
+        assert not layer.step(tokens(), layer.memory.clone())[1].memory.requires_grad
+
+
 def test_two_forwards_before_one_backward_have_the_gradients_of_each() -> None:
     both, single = make_layer(), make_layer()
     outs = [both(tokens(seed)) for seed in (0, 1)]
@@ -395,6 +409,13 @@ def test_a_batch_that_is_not_finite_never_enters_the_memory(poison: float, bottl
     assert torch.equal(layer.memory, healthy)
     assert torch.equal(layer(tokens(3)), twin(tokens(3)))
     assert torch.equal(layer.memory, twin.memory)
+
+
+def test_one_slot_that_is_not_finite_stops_the_whole_write() -> None:
+    layer = make_layer()
+    heads = torch.randn(S, M, D)
+    heads[0, 1, 2] = math.nan
+    assert torch.equal(layer.update(layer.memory, heads), layer.memory)
 
 
 def test_an_overflow_inside_the_write_never_enters_the_memory() -> None:
@@ -483,6 +504,32 @@ def test_a_cast_never_narrows_the_memory(dtype: torch.dtype, kept: torch.dtype) 
     assert layer.memory.dtype == kept
     assert make_layer(dtype=dtype).memory.dtype == kept
     assert 'memory' in dict(layer.named_buffers())
+
+
+def test_a_narrow_cast_to_another_device_moves_the_memory_too() -> None:
+    memory = make_layer().to('meta', torch.bfloat16).memory
+    assert (memory.device.type, memory.dtype) == ('meta', torch.float32)
+
+
+def test_the_memory_is_as_wide_as_the_default_dtype() -> None:
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert make_layer().memory.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize('name', ['query', 'key', 'value', 'proj', 'write_norm'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32], ids=str)
+def test_one_hook_on_a_layer_of_the_write_is_called_and_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    layer, hooked = make_layer().to(dtype), make_layer().to(dtype)
+    calls: list[nn.Module] = []
+    getattr(hooked, name).register_forward_hook(lambda module, *_: calls.append(module))
+    x = tokens().to(dtype)
+    layer(x), hooked(x)
+    assert calls == [getattr(hooked, name)]
+    assert hooked.memory.dtype == torch.float32
+    torch.testing.assert_close(hooked.memory, layer.memory, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
 
 
 # What it costs
@@ -621,10 +668,11 @@ def test_a_memory_of_each_image_asks_for_images() -> None:
     assert torch.equal(layer.memory, before)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('assign', [True, False])
-def test_a_narrow_memory_in_a_state_dict_is_made_wide(assign: bool) -> None:
+def test_a_narrow_memory_in_a_state_dict_is_made_wide(assign: bool, dtype: torch.dtype) -> None:
     layer = make_layer()
-    narrow = {name: value.bfloat16() for name, value in layer.state_dict().items()}
+    narrow = {name: value.to(dtype) for name, value in layer.state_dict().items()}
     layer.load_state_dict(narrow, assign=assign)
     assert layer.memory.dtype == torch.float32
     torch.testing.assert_close(layer.memory, narrow['memory'].float())
