@@ -94,10 +94,12 @@ class Loss:
     Attributes:
         terms: At least one.
         parts: All the losses that it was computed from.
+        size: How many losses stand side by side in the tensor.
     """
 
     terms: tuple[Term, ...]
     parts: frozenset[Part] = field(default_factory=lambda: frozenset({Part()}))
+    size: int = 1
 
     @property
     def is_statistic(self) -> bool:
@@ -198,16 +200,16 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
     losses = [x.track.loss for x in tracked if x.track.loss is not None]
     is_statistic = result.numel() > 1 and any(x.numel() > 1 and x.track.loss is None for x in tracked)
     if losses and not is_statistic:
-        loss = losses[0] if len(losses) == 1 else _sum(losses)
+        loss = losses[0] if len(losses) == 1 else _sum(losses, is_side_by_side=op in MOVES)
         others = [x for x in (*args, *kwargs.values()) if isinstance(x, (Real, Tensor)) and not hasattr(x, 'track')]
         is_inverse = op == 'div' and others and args and others[0] is args[0]  # number / loss
         if op in ('mul', 'div') and len(losses) == len(others) == 1 and not is_inverse:
             loss = loss.scaled(others[0], is_division=op == 'div')
-        elif op == 'mean':
-            loss = loss.scaled(tracked[0].numel(), is_division=True)
+        elif op == 'mean' and result.numel() == 1:
+            loss = loss.scaled(loss.size, is_division=True)
             if tracked[0].ndim > 0:  # of one sample too: what divides it from now on scales it
                 loss = replace(loss, terms=tuple(replace(term, summed=None) for term in loss.terms))
-        return Track(forwards, kind, loss)
+        return Track(forwards, kind, replace(loss, size=1) if result.numel() == 1 else loss)
     for part in (part for loss in losses for part in loss.parts):
         part.is_statistic = True
     kind = kind if op in MOVES else (*kind, op)
@@ -223,9 +225,10 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
     return Track(forwards, kind, Loss((Term(kind, forwards, summed=summed),)))
 
 
-def _sum(losses: list[Loss]) -> Loss:
+def _sum(losses: list[Loss], is_side_by_side: bool) -> Loss:
     terms = tuple(term for loss in losses for term in loss.terms)
-    return Loss(terms, frozenset().union(*(loss.parts for loss in losses)))
+    size = (sum if is_side_by_side else max)(loss.size for loss in losses)
+    return Loss(terms, frozenset().union(*(loss.parts for loss in losses)), size)
 
 
 def _merge(terms: tuple[Term, ...]) -> Term:
