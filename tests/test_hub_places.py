@@ -125,6 +125,15 @@ def test_a_folder_without_the_file_and_a_file_that_cannot_be_read_are_warnings(
     assert second.startswith(f'{places.mirrors[1]} cannot be read ([Errno {errno.EIO}] Input/output error)')
 
 
+def test_a_mirror_may_lie_in_the_home_of_the_user(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('TIMM_AIT_WEIGHTS', '~/second mirror')
+    places.package.unlink()
+    assert places.found() == places.mirrors[1]
+
+
 def test_when_no_place_has_the_weights_the_error_lists_all_in_order_and_says_what_to_do(places: Places) -> None:
     places.package.unlink()
     places.mirrors[0].write_bytes(cut(places.content))

@@ -1,5 +1,6 @@
 """The training loop of the experiments."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -237,6 +238,25 @@ def test_the_random_numbers_of_the_caller_are_left_alone() -> None:
     torch.manual_seed(5)
     fit(model, data, SETTINGS)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_run_with_dropout_depends_on_its_own_seed_alone() -> None:
+    models = [make_ait() for _ in range(3)]
+    for model, caller, seed in zip(models, (1, 2, 2), (7, 7, 8), strict=True):
+        torch.manual_seed(caller)
+        fit(model, images(), replace(SETTINGS, epochs=1, flip=False, shift=0, seed=seed))
+    assert_equal(models[0], models[1])
+    assert not torch.equal(models[1].head.weight, models[2].head.weight)
+
+
+def test_weights_decay_and_biases_do_not() -> None:
+    models = [make_linear() for _ in range(2)]
+    black = torch.full((N, 3, SIDE, SIDE), 0.0), images()[1]  # no gradient of the weights
+    for model, decay in zip(models, (0.0, 0.5), strict=True):
+        fit(model, black, replace(PLAIN, lr=0.1, warmup=0.0, weight_decay=decay))
+    (_, plain), (_, decayed) = models
+    assert torch.equal(plain.bias, decayed.bias)
+    assert decayed.weight.norm() < 0.99 * plain.weight.norm()
 
 
 def test_the_learning_rate_grows_then_falls(monkeypatch: pytest.MonkeyPatch) -> None:
