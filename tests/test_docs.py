@@ -162,7 +162,7 @@ def measured() -> set[str]:
     finetuned = json.loads((RESULTS / 'upcycle.json').read_text())['finetuned']
     accuracies = [dict(enumerate(values)) for values in finetuned.values()]
     pairs += [(values, accuracies[0]) for values in accuracies[1:]]
-    (ten,) = again.values()
+    ten = again['width 128, depth 2, without self-attention']
     none, wider, additive = (runs.top1_of(ten[name]) for name in ('none', 'wider_mlp', 'additive'))
     old, new = ({seed: additive[seed] for seed in seeds} for seeds in (range(4, 9), range(9, 14)))
     pairs += [(old, none), (new, none), (new, wider)]
