@@ -168,6 +168,26 @@ def test_the_image_size_of_train_py_is_that_of_the_model(checkpoint: Path) -> No
     assert (model.patch_embed.img_size, args['img_size']) == ((16, 64), [16, 64])
 
 
+def test_the_channels_of_train_py_are_those_of_the_model(checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=False)
+    vars(content['args']).update(input_size=[1, 32, 32], in_chans=None, mean=[0.5], std=[0.25])
+    content['state_dict_ema'] = make_model(in_chans=1).state_dict()
+    torch.save(content, checkpoint)
+    model, args = hub.build_model(hub.read_checkpoint(checkpoint), checkpoint, '', {})
+    assert model.in_chans == args['in_chans'] == 1
+
+
+def test_a_file_that_must_not_be_opened_is_not_called_damaged(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises(PermissionError):
+        hub.read_checkpoint(checkpoint)
+
+
 def test_a_model_of_other_channels_is_no_model_of_this_checkpoint(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"does not fit test_ait with .*'in_chans': 1.*; give its arguments"):
         hub.build_model(hub.read_checkpoint(checkpoint), checkpoint, 'test_ait', {'in_chans': 1})
