@@ -255,6 +255,18 @@ def test_a_classifier_over_all_tokens_is_refused_for_a_grid_of_as_many_tokens() 
     assert timm.create_model('test_ait', pretrained=True, img_size=(16, 64), num_classes=3).num_classes == 3
 
 
+def test_features_need_no_classifier_in_the_file(tmp_path: Path) -> None:
+    saved = make_model(num_classes=0)
+    save_file(saved.state_dict(), tmp_path / 'headless.safetensors')
+    from_file: dict[str, Any] = dict(
+        pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'headless.safetensors'))
+    )
+    features = make_model(features_only=True, **from_file)
+    assert torch.equal(features.model.blocks[1].mlp.memory, saved.blocks[1].mlp.memory)
+    with pytest.raises(ValueError, match='the checkpoint has no classifier'):
+        make_model(**from_file)
+
+
 def test_a_checkpoint_of_parameters_alone_is_refused() -> None:
     model = make_model()
     parameters = {key: value.detach() for key, value in model.named_parameters()}

@@ -251,7 +251,7 @@ def _fit_positions(state_dict: StateDict, model: VisionTransformer) -> StateDict
 def _saved_grid(model: VisionTransformer, count: int) -> tuple[int, int] | None:
     """Rows and columns of ``count`` patches in the images of the config; None if the config is of other images."""
     size = getattr(model, 'pretrained_cfg', {}).get('input_size')
-    if size is None or model.patch_embed.img_size is None:
+    if size is None:
         return None
     sizes = zip(size[1:], model.patch_embed.img_size, model.patch_embed.grid_size, strict=True)
     rows, columns = (pixels * patches // own for pixels, own, patches in sizes)
@@ -355,7 +355,7 @@ def _replace_pooling_norm(state_dict: StateDict, model: VisionTransformer) -> St
     wanted = model.state_dict()
     if 'norm.weight' in wanted and 'norm.weight' not in state_dict:
         moved = {key.removeprefix('fc_'): value for key, value in state_dict.items() if key.startswith('fc_norm.')}
-        if moved and all(value.shape == wanted[key].shape for key, value in moved.items()):
+        if all(value.shape == wanted[key].shape for key, value in moved.items()):
             state_dict = {**state_dict, **moved}
     own = {key: value for key, value in wanted.items() if key.startswith('fc_norm.')}
     given = {key: value for key, value in state_dict.items() if key in own or not key.startswith('fc_norm.')}
