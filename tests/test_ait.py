@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from models import CONV, LAYOUTS, PAPER, SIDE, VIT, assert_same_state, images, make_model, memories, train_step
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from timm_ait import AssociativeBlock, GlobalWorkspace, NormalizedPatchEmbed
 
@@ -137,6 +139,12 @@ def test_a_wrong_argument_says_what_was_expected_and_what_came(
         make_model(layout, **kwargs)
 
 
+@pytest.mark.parametrize('kwargs', [dict(output_fmt='NHWC'), dict(strict_img_size=False), dict(dynamic_img_pad=True)])
+def test_the_papers_stem_refuses_what_it_cannot_do(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match='takes images of one size'):
+        NormalizedPatchEmbed(32, 8, **kwargs)
+
+
 @pytest.mark.parametrize('layout', ['paper', 'vit'])
 def test_narrow_weights_take_wide_images_under_autocast(layout: str) -> None:
     model = make_model(layout).to(torch.bfloat16)
@@ -172,6 +180,8 @@ def test_images_of_other_channels_are_refused_with_the_remedy(layout: str, shape
     message = rf'expected images of shape \(B, 3, H, W\), got {re.escape(str(shape))}; .* in_chans='
     with pytest.raises(ValueError, match=message):
         make_model(layout)(torch.randn(shape))
+    with pytest.raises(ValueError, match=message):
+        make_model(layout).forward_intermediates(torch.randn(shape))
 
 
 @pytest.mark.parametrize('name', ['test_ait', 'ait_small', CONV])
@@ -224,6 +234,25 @@ def test_a_mode_that_is_not_train_holds_for_training_and_evaluation(
         before = memories(model)
         model(images())
         assert [torch.equal(a, b) for a, b in zip(memories(model), before, strict=True)] == [not writes] * 2
+
+
+CAUSAL: dict[str, dict[str, Any]] = dict(
+    flag=dict(is_causal=True), mask=dict(attn_mask=torch.ones(16, 16).tril().bool())
+)
+MASKS = pytest.mark.parametrize('mask', CAUSAL.values(), ids=CAUSAL)
+
+
+@torch.no_grad()
+@MASKS
+def test_behind_a_causal_mask_a_token_sees_none_of_the_later_ones(mask: dict[str, Any]) -> None:
+    model, x = make_model().eval(), images()
+    other = x.clone()
+    other[:, :, 24:, 24:] = 0  # the last patch
+    first, second = (model.forward_features(y, **mask) for y in (x, other))
+    torch.testing.assert_close(second[:, :-1], first[:, :-1])
+    assert not torch.allclose(second[:, -1], first[:, -1], atol=1e-2)
+    assert not torch.allclose(model.forward_features(other)[:, 0], model.forward_features(x)[:, 0], atol=1e-4)
+    assert torch.equal(model(x, **mask), model.forward_head(first))
 
 
 # Training
@@ -302,6 +331,38 @@ def test_checkpointing_recomputes_the_blocks_and_can_be_turned_off() -> None:
         calls.clear()
         train_step(model)
         assert len(calls) == count
+
+
+@MASKS
+@pytest.mark.parametrize('write_mode', ['train', 'never'])
+@pytest.mark.parametrize('is_outside', [False, True])
+def test_checkpointed_blocks_keep_the_mask(mask: dict[str, Any], write_mode: str, is_outside: bool) -> None:
+    models = [make_model(write_mode=write_mode) for _ in range(2)]
+    models[1].set_grad_checkpointing()
+    for model in models:
+        x = images().requires_grad_()
+        call = partial(checkpoint, model, use_reentrant=False) if is_outside and model is models[1] else model
+        call(x, **mask).square().sum().backward()
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
+def test_a_scripted_model_takes_a_mask() -> None:
+    model, x = make_model().eval(), images()
+    scripted = torch.jit.script(model)
+    for mask in CAUSAL.values():
+        torch.testing.assert_close(scripted(x, **mask), model(x, **mask), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(scripted(x, **mask), model(x), atol=1e-3)
+
+
+def test_checkpointing_reaches_a_stem_that_knows_it() -> None:
+    model = make_model()
+    model.patch_embed.set_grad_checkpointing = (seen := []).append
+    model.set_grad_checkpointing()
+    model.set_grad_checkpointing(False)
+    assert seen == [True, False]
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -227,6 +228,25 @@ def test_saved_and_copied_they_are_plain_tensors(kind: str) -> None:
     with pytest.raises(RuntimeError, match='deepcopy protocol'):  # as for any tensor with a graph
         copy.deepcopy(followed)
     assert type(pickle.loads(pickle.dumps(followed))) is Tensor
+
+
+def test_the_gradient_of_an_output_can_be_kept_set_and_deleted() -> None:
+    logits = make_model()(IMAGES)
+    logits.retain_grad()
+    logits.sum().backward()
+    assert torch.equal(logits.grad, torch.ones(B, CLASSES))
+    logits.grad = None
+    assert logits.grad is None
+    logits.grad = torch.ones(B, CLASSES)
+    del logits.grad
+    assert logits.grad is None
+
+
+def test_a_loss_is_freed_with_its_last_name() -> None:
+    loss = F.cross_entropy(make_model()(IMAGES), TARGET)
+    there = weakref.ref(loss)
+    del loss  # a cycle would stay until the garbage collector comes, and hold the graph on the GPU
+    assert there() is None
 
 
 def test_outputs_are_plain_where_no_gradient_can_flow() -> None:

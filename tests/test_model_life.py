@@ -223,6 +223,16 @@ def test_timms_scaling_of_the_first_weights_takes_what_a_block_has(attention: bo
             torch.testing.assert_close(scaled * (2 * depth) ** 0.5, first, rtol=0.2, atol=0)
 
 
+@pytest.mark.parametrize('fc_norm', [None, False])
+def test_a_flattened_model_has_a_norm_unless_it_is_told_not_to(fc_norm: bool | None) -> None:
+    model = make_model(fc_norm=fc_norm)
+    expected = nn.LayerNorm if fc_norm is None else nn.Identity
+    assert type(model.fc_norm) is expected
+    model.reset_classifier(0)
+    model.set_input_size((48, 48))
+    assert type(model.fc_norm) is expected
+
+
 def test_a_flattened_model_without_classifier_takes_another_size_and_stays_frozen() -> None:
     model = make_model().requires_grad_(False).eval()
     model.reset_classifier(0)
@@ -245,6 +255,13 @@ def test_a_reset_classifier_keeps_dtype_and_device(global_pool: str | None) -> N
     model.reset_classifier(5, global_pool)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(images().bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_model_without_classifier_that_leaves_flatten_returns_one_token() -> None:
+    model = make_model()
+    model.reset_classifier(0)
+    model.reset_classifier(0, 'avg')
+    assert model(images()).shape[1:] == (model.num_features,) == (model.embed_dim,)
 
 
 @LAYOUTS

@@ -102,6 +102,10 @@ def test_any_output_follows_the_scale_of_the_loop(name: str) -> None:
     assert_like_the_sum(lambda m, x: OUTPUTS[name](m, x) / 4, scale=1 / 4)
 
 
+def test_a_single_logit_is_no_loss_yet() -> None:
+    assert_like_the_sum(lambda m, x: (m(x[:1]) / 10 - 1).square().mean(), num_classes=1)
+
+
 @pytest.mark.parametrize('is_compiled', [False, True])
 @pytest.mark.parametrize(('weights', 'scale'), [((0.25, 0.25), 0.25), ((0.5, 0.5), 1), ((0.3, 0.7), 1)])
 def test_features_only_brings_the_balance_loss(weights: tuple[float, float], scale: float, is_compiled: bool) -> None:
@@ -125,6 +129,13 @@ def test_auto_balance_of_a_model_reaches_a_workspace_that_is_wrapped() -> None:
     model.auto_balance = False
     assert type(model(IMAGES)) is Tensor
     assert not any(module.auto_balance for module in model.modules() if isinstance(module, GlobalWorkspace))
+
+
+def test_auto_balance_of_a_model_is_on_only_where_it_is_on_in_every_workspace() -> None:
+    model = make_model()
+    assert model.auto_balance
+    model.blocks[0].mlp.auto_balance = False
+    assert not model.auto_balance
 
 
 def test_what_gets_no_gradient_is_frozen_again_after_unfreezing() -> None:
@@ -160,6 +171,7 @@ class Annotated(Tensor):
 @pytest.mark.parametrize('wrap', [lambda x: x.as_subclass(Annotated), tv_tensors.Image], ids=['subclass', 'tv_tensors'])
 def test_images_of_a_tensor_subclass_bring_the_balance_loss(wrap: Callable[[Tensor], Tensor]) -> None:
     assert_like_the_sum(lambda m, x: F.cross_entropy(m(wrap(x)), TARGET) / 4, scale=1 / 4)
+    assert_like_the_sum(lambda m, x: m.forward_intermediates(wrap(x))[0].square().mean() / 4, scale=1 / 4)
 
 
 # Compilers
@@ -358,6 +370,17 @@ def test_with_its_own_checkpointing_hooks_on_a_workspace_are_called_as_on_any_la
     assert seen
     assert distance(gradients(model), gradients(expected)) < 1e-5
     torch.testing.assert_close(memories(model), memories(expected))
+
+
+def test_its_own_checkpointing_repeats_the_step_of_a_compiled_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> Tensor:
+        raise AssertionError('the step has its memory as an input, and need not look for it')
+
+    model = make_model()
+    model.set_grad_checkpointing()
+    compile_workspaces(model)
+    monkeypatch.setattr(replay.Replay, 'memory_before', refuse)
+    F.cross_entropy(model(IMAGES), TARGET).backward()
 
 
 @pytest.mark.parametrize('mode', ['train', 'never'])
@@ -612,6 +635,14 @@ def test_a_frozen_model_writes_nothing_in_training_mode_and_a_part_of_it_does() 
     model(IMAGES)
     assert torch.equal(memories(model)[0], before[0])
     assert not torch.equal(memories(model)[1], before[1])
+
+
+def test_one_block_that_is_frozen_leaves_the_balance_loss_of_the_others_to_the_scale_of_the_loop() -> None:
+    def step(model: AssociativeTransformer, x: Tensor) -> Tensor:
+        model.blocks[1].mlp.requires_grad_(False)
+        return F.cross_entropy(model(x), TARGET) / 4
+
+    assert_like_the_sum(step, scale=1 / 4)
 
 
 def test_on_the_meta_device_a_training_step_gives_shapes() -> None:

@@ -510,6 +510,14 @@ def test_a_layer_that_writes_copies_in_another_way_is_not_scripted() -> None:
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
+@pytest.mark.parametrize('name', ['write', 'keys_and_values', 'select', 'attend', 'update', 'fold_queries'])
+def test_a_layer_with_one_method_of_the_write_of_its_own_is_not_scripted(name: str) -> None:
+    own = type('Own', (GlobalWorkspace,), {name: lambda self, *args: getattr(super(type(self), self), name)(*args)})
+    with pytest.raises(ValueError, match='as GlobalWorkspace does, and Own in another way'):
+        torch.jit.script(make_with(own, write_scope='image'))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
 @variants([dict(write_scope='image'), FREE], ids=['image', 'free'])
 def test_tokens_that_are_alike_are_selected_in_torchscript_as_elsewhere(kwargs: dict[str, Any]) -> None:
     model, x = make_model(**dict(kwargs, bottleneck=8)).eval(), torch.ones(4, 3, 32, 32)
