@@ -147,12 +147,12 @@ def measured() -> set[str]:
     muon: dict[str, Any] = dict(opt='muon', mlp_ratio=2.0)
     wide: dict[str, Any] = dict(opt='muon', mlp_ratio=4.6)
     short: dict[str, Any] = dict(head='flatten', width=256)
+    free, wider_free = top1_of('ait_no_attention_additive', **muon), top1_of('ait_no_attention_no_memory', **wide)
     pairs = [
         (top1_of('ait_additive', **muon), top1_of('ait_no_memory', **wide)),
-        (
-            top1_of('ait_no_attention_additive', **muon),
-            top1_of('ait_no_attention_no_memory', **wide),
-        ),
+        (free, wider_free),
+        ({seed: free[seed] for seed in range(6, 11)}, wider_free),
+        (wider_free, top1_of('ait_no_attention_no_memory', **muon)),
         (top1_of('ait_no_memory', **muon), top1_of('ait_no_attention_no_memory', **muon)),
         (top1_of('vit_small', **short), top1_of('ait_no_memory', **short)),
         (top1_of('coordination_d', **short), top1_of('coordination', **short)),
