@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     model = timm.create_model(MODEL, num_classes=CLASSES, checkpoint_path=str(checkpoint)).to(args.device)
     loader = make_loader(model, data, 'val', args)
     reloaded = validate(model, loader, args.device)
-    print(f'best epoch {trained} %; {checkpoint}, reloaded: {reloaded} %')
+    print(f'best epoch {trained:.2f} %; {checkpoint}, reloaded: {reloaded:.2f} %')
 
     picture = args.output / 'demo.png'
     seen = look_inside(model, loader, args.device)
