@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_ait import AssociativeTransformer
+from timm_ait import AssociativeTransformer, GlobalWorkspace
 
 CLASSES, SIDE = 13, 32
 PAPER = ['ait_small_patch4_32', 'ait_medium_patch4_32', 'ait_base_patch4_32', 'test_ait']
@@ -19,6 +19,13 @@ SMALL = dict(
     num_slots=7, slot_dim=5, write_heads=3, bottleneck=11,
 )  # fmt: skip
 LAYOUTS = pytest.mark.parametrize('layout', ['paper', 'vit'])
+
+
+class Unread(GlobalWorkspace):
+    """A layer that retrieves nothing."""
+
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        return h
 
 
 def make_model(layout: str = 'paper', **kwargs: Any) -> AssociativeTransformer:

@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from models import memories
+from models import Unread, memories
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
@@ -55,11 +55,6 @@ def test_a_map_of_tokens_is_one_image_of_them_and_tokens_alone_are_one_image() -
     (alone,) = memory_report(layer, tokens.flatten(0, 1))
     assert vars(as_map) == pytest.approx(vars(lined_up))
     assert vars(alone) == pytest.approx(dict(vars(lined_up), varies_over_images=0), abs=1e-3)
-
-
-class Unread(GlobalWorkspace):
-    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
-        return h
 
 
 def test_a_layer_that_reads_in_another_way_is_named() -> None:

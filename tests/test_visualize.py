@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import timm
 import torch
-from models import assert_same_state, images, make_model
+from models import Unread, assert_same_state, images, make_model
 from PIL import Image
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
@@ -147,10 +147,6 @@ def test_tokens_of_a_map_and_of_later_stages_have_their_own_grid() -> None:
 
 
 def test_a_layer_that_reads_in_another_way_is_named() -> None:
-    class Unread(GlobalWorkspace):
-        def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
-            return h
-
     with pytest.raises(ValueError, match='nothing was retrieved in a workspace of class Unread'):
         inspect(Unread(8), torch.randn(2, 5, 8))
 

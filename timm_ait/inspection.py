@@ -1,6 +1,7 @@
 """Look into the memories of a model: what each slot reads, what each token retrieves, and whether slots are alike."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,12 +100,13 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
     grid = patches.dynamic_feat_size(images.shape[-2:]) if patches is not None else None
     found: list[BlockInspection] = []
     with watch(model) as sums:
+
+        def look(workspace: GlobalWorkspace, seen: Sums, _: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+            if seen.images:
+                found.append(_look(workspace, seen, args, grid))
+
         hooks = [
-            workspace.retrieval.register_forward_hook(
-                lambda _, args, __, workspace=workspace, seen=seen: (
-                    found.append(_look(workspace, seen, args, grid)) if seen.images else None
-                )
-            )
+            workspace.retrieval.register_forward_hook(partial(look, workspace, seen))
             for workspace, seen in sums.items()
         ]
         try:
