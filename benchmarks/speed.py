@@ -43,7 +43,7 @@ Args = argparse.Namespace
 Case = tuple[str, Callable[[str], Row]]
 
 RULES = {'distinct': IMAGE, 'additive': ADDITIVE}  # of a memory for each image
-ROWS = ('inference', 'training', 'memory', 'depth', 'tokens', 'authors', 'image', 'attention')
+ROWS = ('inference', 'training', 'memory', 'unfused', 'depth', 'tokens', 'authors', 'image', 'attention')
 SIZES = ('small', 'medium', 'base')
 LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
     '32': {size: (f'ait_{size}_patch4_32', {}) for size in SIZES},
@@ -71,6 +71,15 @@ def create(layout: str, size: str, **workspace_args: Any) -> nn.Module:
 def fuse(layout: str, size: str) -> nn.Module:
     """Create the AiT for evaluation alone, as ``--reparam`` of timm's scripts does."""
     return reparameterize_model(create(layout, size))
+
+
+def unfuse(layout: str, size: str) -> nn.Module:
+    """Create the AiT with self-attention as matrix products, as ``TIMM_FUSED_ATTN=0`` does."""
+    model = create(layout, size)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = False
+    return model
 
 
 def create_vit(layout: str, size: str) -> nn.Module:
@@ -141,7 +150,7 @@ def workspace(layer: Callable[[int, int], nn.Module], tokens: int, is_training: 
 
 
 def model_cases(args: Args) -> Iterator[Case]:
-    """Compare AiT with the ViT of the same shape: inference, training and memory."""
+    """Compare AiT with the ViT of the same shape: inference, training and memory; and with its attention not fused."""
     timed = time_with(args)
     for layout, size, batch in product(args.layouts, args.sizes, args.batch_sizes):
         label = f'{LAYOUTS[layout][size][0]}, batch {batch}'
@@ -158,6 +167,9 @@ def model_cases(args: Args) -> Iterator[Case]:
                 yield f'training, {name}', partial(timed, sides=sides, goal=goal)
             if 'memory' in args.rows:
                 yield f'peak memory, {name}', partial(compare_bytes, sides=sides, goal=1.10)
+        if 'unfused' in args.rows:
+            sides = tuple(partial(training, partial(build, layout, size), batch, args) for build in (unfuse, create))
+            yield f'speed in training, attention not fused / fused, {label}', partial(timed, sides=sides, at_least=True)
 
 
 def depth_cases(args: Args) -> Iterator[Case]:

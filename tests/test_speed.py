@@ -73,6 +73,7 @@ def test_the_benchmark_writes_every_row_of_the_table(measured: Path) -> None:
     names = [row['name'] for row in record['rows']]
     for start in ('inference', 'fused', 'training', 'peak memory', 'throughput', 'cost per token', 'speed in training'):
         assert any(name.startswith(start) for name in names), start
+    assert 'speed in training, attention not fused / fused, test_ait, batch 2' in names
     for part in ('memory of each image / memory of the batch', 'memory of an image / self-attention, 16 tokens'):
         for rule in ('distinct', 'additive'):
             assert sum(f'{rule} {part}' in name for name in names) == 2, (rule, part)
@@ -164,6 +165,17 @@ def test_the_vit_of_the_comparison_differs_in_the_workspace_alone(name: str) -> 
     for a, v in zip(ait.blocks, vit.blocks, strict=True):
         assert a.mlp.fc1.weight.shape == v.mlp.fc1.weight.shape
         assert (a.attn.num_heads, a.norm1.eps) == (v.attn.num_heads, v.norm1.eps)
+
+
+def test_a_model_without_fused_attention_computes_the_same_logits_in_other_operations() -> None:
+    fused, unfused = speed.create('toy', 'small').eval(), speed.unfuse('toy', 'small').eval()
+    unfused.load_state_dict(fused.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with Recorder() as theirs:
+        logits = fused(images)
+    with Recorder() as ours:
+        torch.testing.assert_close(unfused(images), logits)
+    assert ['scaled_dot_product' in ' '.join(names) for names in (theirs.names, ours.names)] == [True, False]
 
 
 def test_the_looped_workspace_computes_the_same_as_ours() -> None:
