@@ -104,7 +104,7 @@ def test_a_missing_optional_package_is_named(
 ) -> None:
     monkeypatch.setattr(demo, 'find_spec', lambda name: None if name == 'sklearn' else object())
     assert demo.main([]) == 2
-    assert "needs sklearn: pip install 'timm_ait[demo]'" in capsys.readouterr().err
+    assert "needs sklearn: pip install '.[demo]' in a checkout of timm_ait" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('option', ['--epochs', '--batch-size'])

@@ -166,6 +166,9 @@ def measured() -> set[str]:
     none, wider, additive = (runs.top1_of(ten[name]) for name in ('none', 'wider_mlp', 'additive'))
     old, new = ({seed: additive[seed] for seed in seeds} for seeds in (range(4, 9), range(9, 14)))
     pairs += [(old, none), (new, none), (new, wider)]
+    first = memory.gather(RESULTS / 'memory')
+    kinds = (f'width 128, depth 2, {kind} self-attention' for kind in ('with', 'without'))
+    pairs.append(tuple(runs.top1_of(first[kind]['none']) for kind in kinds))
     texts += [runs.format_mean(runs.gains(*pair), '+') for pair in pairs]
     signed = INTERVAL.findall('\n'.join(texts))
     return {*signed, *(interval.lstrip('+-') for interval in signed)}

@@ -380,5 +380,5 @@ def test_a_missing_matplotlib_is_named_and_importing_the_package_needs_none() ->
         visualize.main(['test_ait', '.'])
     """
     done = subprocess.run([sys.executable, '-c', textwrap.dedent(script)], capture_output=True, text=True, check=False)
-    expected = "python -m timm_ait.visualize: the pictures need matplotlib: pip install 'timm_ait[visualize]'\n"
-    assert (done.returncode, done.stderr) == (1, expected)
+    needed = "the pictures need matplotlib: pip install '.[visualize]' in a checkout of timm_ait"
+    assert (done.returncode, done.stderr) == (1, f'python -m timm_ait.visualize: {needed}\n')

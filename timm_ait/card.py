@@ -91,7 +91,7 @@ An [Associative Transformer](https://arxiv.org/abs/2309.12862) (AiT) for [timm](
 """
 START = """```python
 import timm
-import timm_ait  # registers the models: pip install timm_ait
+import timm_ait  # registers the models: pip install . in a checkout of timm_ait
 import torch
 """
 USE = """### Classify an image

@@ -237,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; return the exit code."""
     args = parse_args(argv)
     if missing := [name for name in ('matplotlib', 'sklearn') if find_spec(name) is None]:
-        print(f"error: the demo needs {', '.join(missing)}: pip install 'timm_ait[demo]'", file=sys.stderr)
+        needed = ', '.join(missing)
+        print(f"error: the demo needs {needed}: pip install '.[demo]' in a checkout of timm_ait", file=sys.stderr)
         return 2
     start = time.monotonic()
     torch.set_num_threads(args.threads)

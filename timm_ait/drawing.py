@@ -43,7 +43,7 @@ NUMBERS = {
 def require_matplotlib() -> None:
     """Raise ImportError where there is none, with the way to get it."""
     if find_spec('matplotlib') is None:
-        raise ImportError("the pictures need matplotlib: pip install 'timm_ait[visualize]'")
+        raise ImportError("the pictures need matplotlib: pip install '.[visualize]' in a checkout of timm_ait")
 
 
 def _figure(width: float, height: float) -> Any:

@@ -80,7 +80,7 @@ class GlobalWorkspace(nn.Module):
         write_heads: S.
         bottleneck: k, tokens that a slot may read per head; all tokens where there are fewer.
         beta: Inverse temperature of the retrieval.
-        memory_decay: Share of the old memory that remains after a write.
+        memory_decay: Weight of the old memory in the running average, see :meth:`update`. 'additive' does not use it.
         balance_weight: Weight of the balance loss; 0 computes none.
         retrieval_steps: Hopfield updates per token.
         write_mode: 'train' writes in training mode only, 'always' in evaluation too (as the authors do), 'never' not
