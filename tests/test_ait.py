@@ -10,6 +10,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from models import CONV, LAYOUTS, PAPER, SIDE, VIT, assert_same_state, images, make_model, memories, train_step
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -128,6 +130,8 @@ def test_an_unknown_keyword_is_a_type_error_that_names_it(layout: str) -> None:
         ('paper', dict(img_size=(32, 31)), r'got \(32, 31\) and \(8, 8\); the nearest sizes below are \(32, 24\)'),
         ('paper', dict(dynamic_img_size=True), r"'flatten' needs a fixed .* got dynamic_img_size=True .* take .*'avg'"),
         ('paper', dict(patch_drop_rate=0.25), r"'flatten' needs a fixed .* and patch_drop_rate=0.25; .* take .*'avg'"),
+        ('vit', dict(mlp_layer=Mlp), 'mlp_layer is fixed here; take attention=, or set workspace_layer in a subclass'),
+        ('vit', dict(block_fn=Block), 'block_fn is fixed here'),
         ('paper', dict(dynamic_img_size=True, global_pool='avg'), 'takes images of one size: leave dynamic_img_size'),
     ],
     ids=str,
@@ -349,8 +353,11 @@ def test_checkpointed_blocks_keep_the_mask(mask: dict[str, Any], write_mode: str
 
 @torch.no_grad()
 @pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
-def test_a_scripted_model_takes_a_mask() -> None:
+@pytest.mark.parametrize('is_partly', [False, True], ids=['memory', 'one block without memory'])
+def test_a_scripted_model_takes_a_mask(is_partly: bool) -> None:
     model, x = make_model().eval(), images()
+    if is_partly:
+        model.blocks[1].mlp = Mlp(34)
     scripted = torch.jit.script(model)
     for mask in CAUSAL.values():
         torch.testing.assert_close(scripted(x, **mask), model(x, **mask), rtol=1e-4, atol=1e-5)

@@ -163,6 +163,18 @@ def test_a_checkpoint_of_the_authors_with_another_depth_is_refused() -> None:
         checkpoint_filter_fn(theirs, make_model(depth=3))
 
 
+@pytest.mark.parametrize('depth', [2, 5])
+def test_whoever_asks_for_a_part_of_the_weights_gets_it(depth: int) -> None:
+    whole = timm.create_model('test_ait', pretrained=True).state_dict()
+    part = timm.create_model('test_ait', pretrained=True, depth=depth, pretrained_strict=False).state_dict()
+    assert all(torch.equal(part[key], whole[key]) for key in part.keys() & whole.keys())
+    assert len(part.keys() & whole.keys()) == min(len(part), len(whole))
+    with pytest.raises(ValueError, match='create the model with the depth of the checkpoint'):
+        timm.create_model('test_ait', pretrained=True, depth=depth)
+    with pytest.raises(ValueError, match=r'head\.weight has the shape|num_slots'):  # shapes still must fit
+        timm.create_model('test_ait', pretrained=True, num_slots=3, pretrained_strict=False)
+
+
 # timm's ViT
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from models import memories
-from timm.models import get_notrace_functions, get_notrace_modules
+from timm.models import get_notrace_functions, get_notrace_modules, model_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -142,8 +142,9 @@ def test_a_missing_or_wrong_question_is_refused_with_what_was_expected() -> None
         for forward in (model, model.forward_features, model.forward_intermediates):
             with pytest.raises(ValueError, match=rf'expected a question for every image, shape \(3, 11\), got {got}; '):
                 forward(image, value)
-    with pytest.raises(ValueError, match='got 1; call'):
-        model.get_intermediate_layers(image, 1)  # timm's method of this name takes no question
+    for args in ((image, 1), (image, question)):
+        with pytest.raises(ValueError, match=r'knows no question; take forward_intermediates\(image, question\)'):
+            model.get_intermediate_layers(*args)
     with pytest.raises(ValueError, match=r'expected images of shape \(B, 3, H, W\)'):
         model(image[:, :2], question)
     assert all(map(torch.equal, memories(model), before))
@@ -243,6 +244,15 @@ def test_layer_decay_takes_the_question_for_a_part_of_the_stem() -> None:
     scales = {id(p): group['lr_scale'] for group in optimizer.param_groups for p in group['params']}
     stem, question, head = model.patch_embed.proj, model.question_embed[1], model.head
     assert scales[id(question.weight)] == scales[id(stem.weight)] < scales[id(head.weight)] == 1
+
+
+@pytest.mark.parametrize('is_reset', [False, True])
+def test_the_classifier_has_the_last_parameters_as_timm_expects(is_reset: bool) -> None:
+    model = make_model()
+    if is_reset:
+        model.reset_classifier(5)
+    clipped = {id(p) for p in model_parameters(model, exclude_head=True)}
+    assert [name for name, p in model.named_parameters() if id(p) not in clipped] == ['head.weight', 'head.bias']
 
 
 # What timm and PyTorch do to models

@@ -16,13 +16,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from models import memories
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.task import FeatureDistillationTask
 from timm.utils import freeze, unfreeze
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call, grad
 from torch.nn.utils import parametrize
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchvision import tv_tensors
 
@@ -120,6 +122,75 @@ def test_features_only_brings_the_balance_loss(weights: tuple[float, float], sca
         (loss + scale * features.model.balance_loss() if is_by_hand else loss).backward()
         results.append(gradients(features))
     assert distance(*results) < (1e-4 if is_compiled else 1e-5)
+
+
+class Wrapped(nn.Module):
+    """A block in a module that knows nothing of it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.inside = block
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.inside(x, **kwargs)
+
+
+def wrap_a_layer(model: nn.Module) -> None:
+    model.blocks[0].mlp = nn.Sequential(model.blocks[0].mlp, nn.Identity())
+
+
+def wrap_a_block(model: nn.Module) -> None:
+    model.blocks[0] = Wrapped(model.blocks[0])
+
+
+@pytest.mark.parametrize('is_checkpointed', [False, True])
+@pytest.mark.parametrize('wrap', [wrap_a_layer, wrap_a_block])
+def test_a_layer_or_block_may_be_wrapped(wrap: Callable[[nn.Module], None], is_checkpointed: bool) -> None:
+    results = []
+    for change in (lambda model: None, wrap):
+        model = make_model()
+        change(model)
+        model.set_grad_checkpointing(is_checkpointed)
+        (F.cross_entropy(model(IMAGES), TARGET) / 4).backward()
+        results.append((list(gradients(model).values()), memories(model), model.balance_loss().detach()))
+        with torch.no_grad():
+            model.eval()(IMAGES, is_causal=True)
+    for theirs, ours in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('is_checkpointed', [False, True])
+def test_some_blocks_may_have_no_memory(is_checkpointed: bool) -> None:
+    model = make_model(depth=3)
+    model.blocks[0].mlp = Mlp(32, 64)
+    model.blocks[2] = Block(32, 2)
+    model.set_grad_checkpointing(is_checkpointed)
+    F.cross_entropy(model(IMAGES), TARGET).backward()
+    assert_close(model.balance_loss(), model.blocks[1].mlp.balance_loss())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.auto_balance = False
+    assert type(model(IMAGES, is_causal=True)) is Tensor
+    model.blocks[1].mlp = Mlp(32, 64)
+    assert model.balance_loss().item() == 0
+
+
+def test_a_copy_of_an_image_behind_a_wrapper_takes_no_mask() -> None:
+    model = make_model(write_scope='image')
+    wrap_a_layer(model)
+    model.blocks[1].mlp = Mlp(32, 64)
+    with pytest.raises(ValueError, match="with write_scope='image' every token reads what all others wrote"):
+        model(IMAGES, is_causal=True)
+
+
+def test_a_block_without_a_workspace_is_refused() -> None:
+    assert isinstance(AssociativeBlock(32, 2).mlp, GlobalWorkspace)
+    with pytest.raises(ValueError, match=r'(?s)needs a workspace, got Mlp\(.*; give mlp_layer=GlobalWorkspace'):
+        VisionTransformer(img_size=32, embed_dim=32, depth=1, num_heads=2, block_fn=AssociativeBlock)
+    model = VisionTransformer(
+        img_size=32, embed_dim=32, depth=1, num_heads=2, block_fn=AssociativeBlock, mlp_layer=GlobalWorkspace
+    )
+    model(IMAGES).sum().backward()
+    assert model.blocks[0].mlp.balance_loss() > 0
 
 
 def test_auto_balance_of_a_model_reaches_a_workspace_that_is_wrapped() -> None:

@@ -48,7 +48,10 @@ def _create_ait(
         pretrained,
         pretrained_cfg=replace(cfg, source=None, file=str(weights)) if weights else cfg,
         pretrained_filter_fn=partial(
-            fit_pretrained, source=str(weights or 'weights'), replace_head=kwargs.get('features_only', False)
+            fit_pretrained,
+            source=str(weights or 'weights'),
+            replace_head=kwargs.get('features_only', False),
+            strict=kwargs.get('pretrained_strict', True),
         ),
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         cache_dir=cache_dir,

@@ -82,7 +82,11 @@ def checkpoint_filter_fn(state_dict: StateDict, model: VisionTransformer) -> Sta
 
 
 def fit_pretrained(
-    state_dict: StateDict, model: VisionTransformer, source: str = '', replace_head: bool = False
+    state_dict: StateDict,
+    model: VisionTransformer,
+    source: str = '',
+    replace_head: bool = False,
+    strict: bool = True,
 ) -> StateDict:
     """Convert a checkpoint as :func:`checkpoint_filter_fn` does, and check its values and its classifier.
 
@@ -94,6 +98,7 @@ def fit_pretrained(
         model: The model, with its ``pretrained_cfg``.
         source: Name of the file, for error messages.
         replace_head: Drop the classifier even if its number of classes fits, as for ``features_only``.
+        strict: Whether the checkpoint must have all keys of the model and no others but the classifier's.
 
     Raises:
         ValueError: As :func:`checkpoint_filter_fn`. Also if a value is not finite, or if the classifier fits neither
@@ -105,7 +110,7 @@ def fit_pretrained(
         state_dict = _rename(state_dict, model)
         if replace_head:
             state_dict = _replace_pooling_norm(state_dict, model)
-        state_dict = _fit(state_dict, model)
+        state_dict = _fit(state_dict, model, strict)
         _check_finite(state_dict)
         _check_head(state_dict, model, config_classes, replace_head)
         if not replace_head:
@@ -124,11 +129,12 @@ def _rename(state_dict: StateDict, model: VisionTransformer) -> StateDict:
     return state_dict if is_own else convert_vit(state_dict, model)
 
 
-def _fit(state_dict: StateDict, model: VisionTransformer) -> StateDict:
-    """Resample the stem of a renamed checkpoint, then check all keys and shapes."""
+def _fit(state_dict: StateDict, model: VisionTransformer, strict: bool = True) -> StateDict:
+    """Resample the stem of a renamed checkpoint, then check all keys, if ``strict``, and shapes."""
     own = model.state_dict()
     state_dict = _fit_channels(_fit_positions(state_dict, model), model)
-    _check_keys(state_dict, own)
+    if strict:
+        _check_keys(state_dict, own)
     first_conv = getattr(model, 'pretrained_cfg', {}).get('first_conv', 'patch_embed.proj')
     _check_shapes(state_dict, own, f'{first_conv}.weight')
     return state_dict

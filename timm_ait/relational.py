@@ -67,7 +67,10 @@ class RelationalTransformer(AssociativeTransformer):
         )
         self.num_prefix_tokens += 1
         if global_pool == 'flatten':
-            self._flatten_tokens(norm=fc_norm is not False)
+            self._flatten_tokens(norm=fc_norm is None or bool(fc_norm))
+        head = self.head
+        del self.head
+        self.head = head  # the last of the parameters, as timm's clipping without the classifier expects
         self.init_weights(needs_reset=False)  # once more, with the parts that are new
 
     def forward(  # type: ignore[override]
@@ -125,6 +128,10 @@ class RelationalTransformer(AssociativeTransformer):
             return super().forward_intermediates(image, *args, **kwargs)
         finally:
             handle.remove()
+
+    def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: this older form of :meth:`forward_intermediates` has no place for a question."""
+        raise ValueError('get_intermediate_layers knows no question; take forward_intermediates(image, question)')
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

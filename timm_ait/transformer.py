@@ -4,6 +4,7 @@ Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv
 """
 
 import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -103,6 +104,11 @@ class AssociativeBlock(Block):
 
     grad_checkpointing: bool = False
 
+    def __init__(self, *args: Any, mlp_layer: Callable[..., nn.Module] = GlobalWorkspace, **kwargs: Any) -> None:
+        super().__init__(*args, mlp_layer=mlp_layer, **kwargs)
+        if not isinstance(self.mlp, GlobalWorkspace):
+            raise ValueError(f'a block of AiT needs a workspace, got {self.mlp}; give mlp_layer=GlobalWorkspace')
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``x <- x + attention(LN(x))``, then ``x <- x + workspace(LN(x))``: (B, N, E) -> (B, N, E)."""
         if not torch.jit.is_scripting():  # noqa: SIM102
@@ -117,9 +123,18 @@ class AssociativeBlock(Block):
 
     def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """``x + attention(LN(x))``: (B, N, E) -> (B, N, E)."""
-        if (attn_mask is not None or is_causal) and self.mlp.has_copies():
+        if (attn_mask is not None or is_causal) and self.has_copies():
             self.refuse_mask(attn_mask, "with write_scope='image' every token reads what all others wrote")
         return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+
+    def has_copies(self) -> bool:
+        """Whether every image writes and reads a copy of the memory in this block."""
+        if torch.jit.is_scripting():
+            if hasattr(self.mlp, 'has_copies'):
+                return self.mlp.has_copies()
+            return False
+        else:
+            return any(workspace.has_copies() for workspace in workspaces_in(self.mlp))
 
     def refuse_mask(self, attn_mask: Tensor | None, why: str) -> None:
         """Raise a ValueError."""
@@ -131,7 +146,8 @@ class AssociativeBlock(Block):
     def forward_checkpointed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """:meth:`forward`, which saves its inputs alone for the backward pass."""
         workspace: Any = getattr(self.mlp, '_orig_mod', self.mlp)  # a compiled layer's forward is replaced: no hook
-        if not workspace.is_writing() or is_hooked(workspace):  # hooks belong to a call of the layer, not to its step
+        is_own = isinstance(workspace, GlobalWorkspace) and not is_hooked(workspace)
+        if not is_own or not workspace.is_writing():  # wrappers and hooks belong to a call of the layer, not to a step
             return checkpoint(self.forward_once, x, attn_mask, is_causal)
         if is_backward_running():  # of a checkpoint around this block
             return checkpoint(self.step, x, workspace.replay.memory_before(x), attn_mask, is_causal)[0]
@@ -206,6 +222,9 @@ class AssociativeTransformer(VisionTransformer):
         check_divisible(img_size, patch_size, vit_args.get('dynamic_img_pad', False))
         if not isinstance(attention, bool):
             raise ValueError(f'attention must be True or False, got {attention!r}')
+        for name in ('block_fn', 'mlp_layer'):
+            if name in vit_args:
+                raise ValueError(f'{name} is fixed here; take attention=, or set workspace_layer in a subclass')
         flatten = global_pool == 'flatten'
         if flatten:
             _check_fixed_tokens(vit_args.get('dynamic_img_size', False), vit_args.get('patch_drop_rate', 0.0))
@@ -221,7 +240,7 @@ class AssociativeTransformer(VisionTransformer):
             **vit_args,
         )
         if flatten:
-            self._flatten_tokens(norm=fc_norm is not False)
+            self._flatten_tokens(norm=fc_norm is None or bool(fc_norm))
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         self.init_weights(needs_reset=False)
 
@@ -248,7 +267,7 @@ class AssociativeTransformer(VisionTransformer):
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles: a copy of the model whose workspaces only read."""
         methods = 'write', 'keys_and_values', 'select', 'attend', 'update', 'fold_queries'
-        for workspace in self._workspaces():
+        for workspace in workspaces_in(self):
             if workspace.has_copies() and workspace.overrides(*methods):
                 name = type(workspace).__name__
                 raise ValueError(
@@ -260,21 +279,17 @@ class AssociativeTransformer(VisionTransformer):
         """Outputs such that a loss computed from them tells by which factor the training loop scales it."""
         if not torch.is_grad_enabled() or _is_exporting():
             return outputs
-        return track(outputs) if any(block.mlp.adds_balance_loss() for block in self.blocks) else outputs
+        return track(outputs) if any(w.adds_balance_loss() for w in workspaces_in(self)) else outputs
 
     @property
     def auto_balance(self) -> bool:
         """Whether a backward pass adds the gradient of the balance loss by itself."""
-        return all(workspace.auto_balance for workspace in self._workspaces())
+        return all(workspace.auto_balance for workspace in workspaces_in(self))
 
     @auto_balance.setter
     def auto_balance(self, is_automatic: bool) -> None:
-        for workspace in self._workspaces():
+        for workspace in workspaces_in(self):
             workspace.auto_balance = is_automatic
-
-    def _workspaces(self) -> list[GlobalWorkspace]:
-        """Also those that somebody has wrapped."""
-        return [module for module in self.modules() if isinstance(module, GlobalWorkspace)]
 
     __jit_unused_properties__ = ('auto_balance',)
 
@@ -283,12 +298,14 @@ class AssociativeTransformer(VisionTransformer):
 
         Whoever adds it to a loss himself gets it once: such a backward pass does not add it a second time.
         """
-        return torch.stack([block.mlp.balance_loss() for block in self.blocks]).sum()
+        losses = [workspace.balance_loss() for workspace in workspaces_in(self)]
+        return torch.stack(losses).sum() if losses else self.patch_embed.proj.weight.new_zeros(())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn gradient checkpointing on or off. The flag lives in the blocks, each of which recomputes itself."""
-        for block in self.blocks:
-            block.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, AssociativeBlock):
+                module.grad_checkpointing = enable
         if hasattr(self.patch_embed, 'set_grad_checkpointing'):
             self.patch_embed.set_grad_checkpointing(enable)
 
@@ -400,11 +417,16 @@ class AssociativeTransformer(VisionTransformer):
             raise ValueError(
                 f'expected images of {size}, got {tuple(x.shape[-2:])}; resize them or create the model with img_size='
             )
-        if _is_exporting() and any(block.mlp.is_writing() for block in self.blocks):
+        if _is_exporting() and any(workspace.is_writing() for workspace in workspaces_in(self)):
             raise ValueError(
                 'an exported model cannot write its memory, but in its present mode this one does; call model.eval() '
                 "before you export it, and create it with write_mode='train' or 'never'"
             )
+
+
+def workspaces_in(module: nn.Module) -> Iterator[GlobalWorkspace]:
+    """The workspaces of a module, those that somebody has wrapped among them."""
+    return (part for part in module.modules() if isinstance(part, GlobalWorkspace))
 
 
 def check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], padded: bool) -> None:
