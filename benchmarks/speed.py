@@ -32,7 +32,7 @@ from measure import (
 )
 from memory import ADDITIVE, IMAGE
 from record import check_device, environment, positive, read_records, told, write_record
-from timm.layers import Attention
+from timm.layers import Attention, use_fused_attn
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -281,6 +281,7 @@ def run_all(args: Args) -> None:
     stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
     arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
     del arguments['out']
+    arguments['fused_attention'] = use_fused_attn() > 0  # TIMM_FUSED_ATTN
     for path, record in read_records(args.out, ['rows'], f'{stem.name}.json').items():
         if record['arguments'] != arguments:
             raise ValueError(f'{path} holds what was measured with other arguments; give another --out')

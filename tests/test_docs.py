@@ -150,8 +150,7 @@ def measured() -> set[str]:
     free, wider_free = top1_of('ait_no_attention_additive', **muon), top1_of('ait_no_attention_no_memory', **wide)
     pairs = [
         (top1_of('ait_additive', **muon), top1_of('ait_no_memory', **wide)),
-        (free, wider_free),
-        ({seed: free[seed] for seed in range(6, 11)}, wider_free),
+        *(({seed: free[seed] for seed in seeds}, wider_free) for seeds in (range(6, 11), range(11, 21), range(6, 21))),
         (wider_free, top1_of('ait_no_attention_no_memory', **muon)),
         (top1_of('ait_no_memory', **muon), top1_of('ait_no_attention_no_memory', **muon)),
         (top1_of('vit_small', **short), top1_of('ait_no_memory', **short)),
