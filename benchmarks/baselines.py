@@ -79,14 +79,6 @@ class Stem(nn.Module):
         return x
 
 
-class MeanPool(nn.Module):
-    """The mean token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, E) -> (B, 1, E)."""
-        return x.mean(dim=1, keepdim=True)
-
-
 class Head(nn.Module):
     """LayerNorm and Linear over the flattened tokens ('flatten') or their mean ('avg')."""
 
@@ -94,13 +86,14 @@ class Head(nn.Module):
         super().__init__()
         if pool not in HEADS:
             raise ValueError(f'expected a head out of {HEADS}, got {pool!r}')
-        self.pool = MeanPool() if pool == 'avg' else nn.Identity()
-        width = (num_tokens if pool == 'flatten' else 1) * embed_dim
+        self.is_mean = pool == 'avg'
+        width = embed_dim if self.is_mean else num_tokens * embed_dim
         self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, E) -> logits (B, num_classes)."""
-        return self.fc(self.norm(self.pool(x).flatten(1)))  # (B, N, E) -> (B, N*E)
+        x = x.mean(dim=1) if self.is_mean else x.flatten(1)  # (B, N, E) -> (B, E) or (B, N*E)
+        return self.fc(self.norm(x))
 
 
 class Baseline(nn.Module):

@@ -49,17 +49,7 @@ def looped(ours: GlobalWorkspace) -> LoopedWorkspace:
         )
     sizes = (ours.num_slots, ours.slot_dim, ours.write_heads, ours.bottleneck)
     layer = LoopedWorkspace(ours.in_features, ours.fc1.out_features, *sizes)
-    pairs: list[tuple[Any, Any]] = [
-        *zip(layer.feed_forward[0::2], (ours.fc1, ours.fc2), strict=True),
-        *(
-            (layer.feed_forward[3], ours.norm),
-            (layer.linear_transform, ours.linear_transform),
-            (layer.write_norm, ours.write_norm),
-        ),
-        *((getattr(layer, name), getattr(ours, name)) for name in ('query', 'key', 'value', 'proj')),
-    ]
-    for theirs, mine in pairs:
-        theirs.load_state_dict(mine.state_dict())
+    layer.load_state_dict(ours.state_dict())
     layer.memory.copy_(nn.functional.normalize(ours.memory, dim=-1))  # unit rows, as they are once written
     return layer.to(ours.memory.device)
 

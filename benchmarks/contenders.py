@@ -66,12 +66,8 @@ class LoopedWorkspace(nn.Module):
     ) -> None:
         super().__init__()
         self.slot_dim, self.write_heads, self.bottleneck = slot_dim, write_heads, bottleneck
-        self.feed_forward = nn.Sequential(
-            nn.Linear(in_features, hidden_features),
-            nn.GELU(),
-            nn.Linear(hidden_features, in_features),
-            nn.LayerNorm(in_features),
-        )
+        self.fc1, self.fc2 = nn.Linear(in_features, hidden_features), nn.Linear(hidden_features, in_features)
+        self.norm = nn.LayerNorm(in_features)
         self.query = nn.Linear(slot_dim, write_heads * slot_dim, bias=False)
         self.key = nn.Linear(in_features, write_heads * slot_dim, bias=False)
         self.value = nn.Linear(in_features, write_heads * slot_dim, bias=False)
@@ -83,7 +79,7 @@ class LoopedWorkspace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Write the tokens, then retrieve: (B, N, E) -> (B, N, E)."""
-        h = self.feed_forward(x)
+        h = self.norm(self.fc2(F.gelu(self.fc1(x))))
         self.write(h.flatten(0, 1))  # (B, N, E) -> (T, E)
         attractors = self.linear_transform(self.memory)  # (M, D) -> (M, E)
         return h + (h @ attractors.t()).softmax(dim=-1) @ attractors

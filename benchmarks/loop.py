@@ -84,7 +84,7 @@ class Settings:
 
 
 def load(folder: Path, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Read the images ``first`` to ``first + count`` of every class: uint8 (N, 3, 32, 32) and labels (N,).
+    """Read the images ``first`` to ``first + count`` of every class: uint8 (N, 3, H, W) and labels (N,).
 
     Raises:
         ValueError: If a class has fewer images, or if none are asked for.

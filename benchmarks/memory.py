@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int,
     fitted = fit(model, data['train'], settings, checkpoint, name=title(args, variant, seed), deadline=deadline)
     test = data['test']
     top1 = evaluate(model, test, settings)
-    images = test[0][: min(500, len(test[0]))] / 127.5 - 1
+    images = test[0][:500] / 127.5 - 1
     report = [] if VARIANTS[variant][0] is NoMemory else [vars(block) for block in memory_report(model, images)]
     arguments = {key: value for key, value in vars(args).items() if key not in ('data', 'out', 'show')}
     results = {'variant': variant, 'seed': seed, 'top1': top1, 'memory': report}

@@ -22,7 +22,7 @@ from timm_ait.checkpoint import load_model
 
 
 @torch.no_grad()
-def watch(model: Any, writes: int) -> dict[int, BlockReport]:
+def write_noise(model: Any, writes: int) -> dict[int, BlockReport]:
     """Write random images. Return a report on the first block by the number of writes."""
     size = (32, model.in_chans, *model.patch_embed.img_size)
     seen = {}
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f'--writes needs the name of a model, got --model {args.model}')
     if args.writes:
         torch.manual_seed(0)
-        seen = watch(timm.create_model(args.model).train(), args.writes)
+        seen = write_noise(timm.create_model(args.model).train(), args.writes)
         lines = (f'| {i} | {report.mean_cosine:.4f} | {report.effective_rank:.1f} |' for i, report in seen.items())
         print('| writes | slots: mean cosine | effective rank |\n|---|---|---|', *lines, sep='\n')
         return

@@ -24,7 +24,7 @@ from typing import Any
 import ablations
 import baselines
 import torch
-from loop import Data, Settings, checksum, evaluate, fit, load
+from loop import Data, Run, Settings, checksum, evaluate, fit, load
 from record import check_device, check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
 from timm.optim import list_optimizers
@@ -155,7 +155,9 @@ def digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def train(row: str, seed: int, args: argparse.Namespace, data: Data, deadline: float | None = None) -> Any:
+def train(
+    row: str, seed: int, args: argparse.Namespace, data: Data, deadline: float | None = None
+) -> tuple[nn.Module, Settings, Run, Path]:
     """Train the model of a row, from its checkpoint on if there is one.
 
     Returns:

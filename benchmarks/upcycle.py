@@ -39,7 +39,7 @@ Images = tuple[Tensor, Tensor]
 
 
 def compare(first: Images, second: Images, test: Images, args: argparse.Namespace) -> dict[str, Any]:
-    """Train the ViT on ``first``, fine-tune both models on ``second``; accuracies in percent on ``test``."""
+    """Train the ViT on ``first``, fine-tune it and :data:`STARTS` on ``second``; accuracies in percent on ``test``."""
     pretrain, finetune = (
         Settings(lr=lr, warmup_lr=lr / 100, epochs=epochs, batch_size=args.batch_size)
         for lr, epochs in zip((1e-3, 3e-4), args.epochs, strict=True)

@@ -125,9 +125,9 @@ def test_an_unknown_keyword_is_a_type_error_that_names_it(layout: str) -> None:
         (
             'vit',
             dict(img_size=30),
-            r'divisible by patch_size, got \(30, 30\) and \(8, 8\); the nearest sizes below are \(24, 24\)',
+            r'by patch_size, got \(30, 30\) and patches of \(8, 8\) pixels; the nearest sizes below are \(24, 24\)',
         ),
-        ('paper', dict(img_size=(32, 31)), r'got \(32, 31\) and \(8, 8\); the nearest sizes below are \(32, 24\)'),
+        ('paper', dict(img_size=(32, 31)), r'got \(32, 31\) and .*; the nearest sizes below are \(32, 24\)'),
         ('paper', dict(dynamic_img_size=True), r"'flatten' needs a fixed .* got dynamic_img_size=True .* take .*'avg'"),
         ('paper', dict(patch_drop_rate=0.25), r"'flatten' needs a fixed .* and patch_drop_rate=0.25; .* take .*'avg'"),
         ('vit', dict(mlp_layer=Mlp), 'mlp_layer is fixed here; take attention=, or set workspace_layer in a subclass'),
@@ -158,7 +158,7 @@ def test_narrow_weights_take_wide_images_under_autocast(layout: str) -> None:
 
 
 def test_a_size_that_the_convolutional_stem_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match=r'got \(33, 33\) and \(4, 4\); the nearest sizes below are \(32, 32\)'):
+    with pytest.raises(ValueError, match=r'got \(33, 33\) and patches of \(4, 4\) pixels; the nearest sizes below are \(32, 32\)'):
         timm.create_model('ait_tiny_conv4_32', img_size=33)
 
 

@@ -298,6 +298,11 @@ def test_a_vit_key_that_the_model_does_not_have_is_named(key: str) -> None:
         checkpoint_filter_fn(state_dict, make_model('ait_small'))
 
 
+def test_depth_is_no_remedy_where_it_is_not_the_cause() -> None:
+    with pytest.raises(ValueError, match=r'unknown keys blocks\.0\.attn\.k_norm.* the arguments of the checkpoint$'):
+        checkpoint_filter_fn(make_model('ait_small', qk_norm=True).state_dict(), make_model('ait_small'))
+
+
 @pytest.mark.parametrize('key', ['cls_token', 'blocks.1.mlp.fc2.weight', 'pos_embed', 'norm.bias'])
 def test_a_vit_key_that_is_missing_is_named(key: str) -> None:
     state_dict = make_vit().state_dict()

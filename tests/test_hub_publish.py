@@ -62,7 +62,7 @@ def test_all_folders_are_published_once_and_collected(
     assert done == [
         *(f'published: {empty.url}/me/{tag}' for tag in TAGS),
         f'collection: {empty.url}/collections/{SLUG}',
-        'to list them as pretrained, write these at their tags in timm_ait/ait.py:',
+        'to list them as pretrained, import published in timm_ait/ait.py and write at their tags:',
         *listings(weights),
         "and in timm_ait/pretrained.py: HUB_ORGANISATION = 'me'",
     ]
@@ -124,7 +124,7 @@ def test_a_dry_run_needs_neither_login_nor_network_and_prints_what_would_be_done
     assert capsys.readouterr().out.splitlines() == [
         *(f'{weights / t}: would create or update {HUB_ORGANISATION}/{t}, unless it is the same' for t in TAGS),
         f"would add 2 to the collection 'Associative Transformer' of {HUB_ORGANISATION}",
-        'to list them as pretrained, write these at their tags in timm_ait/ait.py:',
+        'to list them as pretrained, import published in timm_ait/ait.py and write at their tags:',
         *listings(weights),
     ]
     hub.main(['publish', '--dry-run', '--folder', str(weights), '--organisation', 'me'])

@@ -173,7 +173,7 @@ def test_a_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
 def test_a_model_on_the_meta_device_is_an_error(tmp_path: Path) -> None:
     save_memory(make_model(), tmp_path / 'memory.safetensors')
     with pytest.raises(
-        ValueError, match=r'blocks.0.mlp.memory is on the meta device, .*; use model.to_empty\(\) first'
+        ValueError, match=r'blocks.0.mlp.memory is on the meta device, .*; use model.to_empty\(device=...\) first'
     ):
         load_memory(make_model().to('meta'), tmp_path / 'memory.safetensors')
     with pytest.raises(ValueError, match='is on the meta device and holds nothing; load the model before'):

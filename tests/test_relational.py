@@ -246,6 +246,12 @@ def test_layer_decay_takes_the_question_for_a_part_of_the_stem() -> None:
     assert scales[id(question.weight)] == scales[id(stem.weight)] < scales[id(head.weight)] == 1
 
 
+def test_timms_scaling_of_the_first_weights_happens_once() -> None:
+    plain, fixed = (make_model(fix_init=fix_init) for fix_init in (False, True))
+    for depth, (block, scaled) in enumerate(zip(plain.blocks, fixed.blocks, strict=True), start=1):
+        torch.testing.assert_close(scaled.mlp.fc2.weight * (2 * depth) ** 0.5, block.mlp.fc2.weight)
+
+
 @pytest.mark.parametrize('is_reset', [False, True])
 def test_the_classifier_has_the_last_parameters_as_timm_expects(is_reset: bool) -> None:
     model = make_model()

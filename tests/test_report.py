@@ -62,6 +62,20 @@ def test_a_layer_that_reads_in_another_way_is_named() -> None:
         memory_report(nn.Sequential(GlobalWorkspace(8), Unread(8)), torch.randn(2, 5, 8))
 
 
+class WithoutScale(GlobalWorkspace):
+    """A layer that leaves out what the retrieval does not need."""
+
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        return self.retrieval(h, h, self.attractors(memory, h.dtype))
+
+
+def test_a_layer_that_retrieves_without_a_scale_is_reported_on() -> None:
+    layer, plain = WithoutScale(7), GlobalWorkspace(7)
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 5, 7)
+    assert memory_report(layer, x) == memory_report(plain, x)
+
+
 def test_several_batches_count_as_one_and_the_model_stays_as_it_was() -> None:
     model = timm.create_model('test_ait', depth=2, retrieval_steps=2).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -209,7 +209,7 @@ def test_auto_balance_of_a_model_is_on_only_where_it_is_on_in_every_workspace() 
     assert not model.auto_balance
 
 
-def test_what_gets_no_gradient_is_frozen_again_after_unfreezing() -> None:
+def test_what_gets_no_gradient_is_frozen_and_nothing_is_unfrozen() -> None:
     model = make_model(write_rule='additive', write_scope='image')
     trained = [p.requires_grad for p in model.parameters()]
     freeze(model)
@@ -219,6 +219,10 @@ def test_what_gets_no_gradient_is_frozen_again_after_unfreezing() -> None:
         block.mlp.freeze_untrained()
     assert [p.requires_grad for p in model.parameters()] == trained
     assert not all(trained)
+    freeze(model)
+    for block in model.blocks:
+        block.mlp.freeze_untrained()
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_a_workspace_in_another_model_brings_its_balance_loss() -> None:

@@ -140,7 +140,7 @@ def build_model(
     except (RuntimeError, TypeError) as error:  # no such model, no such tag, no such argument
         raise ValueError(f'timm cannot make {name} with {kwargs}: {error}') from error
     if not isinstance(model, AssociativeTransformer):
-        raise ValueError(f'{name} is no model of this package; publish it with timm.models.push_to_hf_hub')
+        raise ValueError(f'{name} is no model of this package; timm.models.push_to_hf_hub publishes others')
     try:
         model.load_state_dict(fit_pretrained(read.state_dict, model, str(path)))
     except RuntimeError as error:

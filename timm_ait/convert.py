@@ -84,7 +84,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: VisionTransformer) -> Sta
 def fit_pretrained(
     state_dict: StateDict,
     model: VisionTransformer,
-    source: str = '',
+    source: str,
     replace_head: bool = False,
     strict: bool = True,
 ) -> StateDict:
@@ -301,8 +301,8 @@ def _remedy(keys: list[str]) -> str:
         return 'a model that was reparameterised has lost its memory; save it before reparameterize_model'
     if any(re.fullmatch(r'blocks\.\d+\.mlp\.fc1\.weight', key) for key in keys):
         return 'create the model with the depth of the checkpoint'
-    found = [name for pattern, name in DECIDED_BY.items() if any(re.search(pattern, key) for key in keys)]
-    return f'create the model with the arguments of the checkpoint ({", ".join(found or ["depth"])})'
+    found = ', '.join(name for pattern, name in DECIDED_BY.items() if any(re.search(pattern, key) for key in keys))
+    return 'create the model with the arguments of the checkpoint' + (f' ({found})' if found else '')
 
 
 def _check_shapes(state_dict: StateDict, own: StateDict, first_conv: str) -> None:

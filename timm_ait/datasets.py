@@ -333,9 +333,9 @@ def main(argv: list[str] | None = None) -> None:
     one = next(iter(splits.values()))
     size = f'--num-classes {one.num_classes} --input-size 3 {one.img_size} {one.img_size}'
     # where there is no such folder, train.py would validate on all that it finds
-    val_split = {'validation': '', 'test': ' --val-split test'}.get(next((s for s in SPLITS[1:] if s in splits), ''))
-    print(f'train.py reads it with --data-dir {shlex.quote(str(folder))} {size} --no-aug{val_split or ""}')
-    if val_split is None:
+    val_split = ' --val-split test' if 'test' in splits and 'validation' not in splits else ''
+    print(f'train.py reads it with --data-dir {shlex.quote(str(folder))} {size} --no-aug{val_split}')
+    if splits.keys() == {'train'}:
         print('It holds no images to validate on: write some with --validation before you train')
 
 

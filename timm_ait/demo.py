@@ -218,8 +218,8 @@ def commands(data: Path, args: argparse.Namespace) -> list[str]:
         f'python train.py --device-modules timm_ait {common} --pretrained '
         f'--epochs {args.epochs} --batch-size {args.batch_size} '
         f'--opt adamw --lr {LR} --weight-decay {WEIGHT_DECAY} --sched-on-updates --warmup-epochs {warmup_epochs(args)} '
-        f'--warmup-lr {LR / 100} --cooldown-epochs 0 --scale 0.7 1.0 --hflip 0 --smoothing 0 '
-        '--output output --experiment own',
+        f'--warmup-lr {LR / 100} --cooldown-epochs 0 --scale 0.7 1.0 --hflip 0 --color-jitter 0 '
+        '--train-interpolation bicubic --smoothing 0 --output output --experiment own',
         f'python -m timm_ait validate.py {common} --checkpoint output/own/model_best.pth.tar',
     ]
 

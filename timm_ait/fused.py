@@ -32,19 +32,3 @@ class FusedWorkspace(nn.Module):
         f = self.fc2(self.hidden_norm(self.act(self.fc1(x))))
         h = self.norm(f)
         return self.retrieval(f if self.has_vit_path else h, h, self.attractors, scale=self.scale)
-
-    def has_copies(self) -> bool:
-        """All images read one memory."""
-        return False
-
-    def is_writing(self) -> bool:
-        """It never writes."""
-        return False
-
-    def adds_balance_loss(self) -> bool:
-        """It has none."""
-        return False
-
-    def balance_loss(self) -> Tensor:
-        """Zero, as it does not write."""
-        return self.attractors.new_zeros(())

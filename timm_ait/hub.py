@@ -22,11 +22,11 @@ from timm.utils import ParseKwargs
 
 from timm_ait import AssociativeTransformer, __version__
 from timm_ait.card import default_repo, write_card
-from timm_ait.checkpoint import Checkpoint, build_model, read_checkpoint
+from timm_ait.checkpoint import build_model, read_checkpoint
 from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
 from timm_ait.publish import listing, publish, push
 
-__all__ = ['Checkpoint', 'build_model', 'export', 'publish', 'push', 'read_checkpoint']
+__all__ = ['build_model', 'export', 'publish', 'push', 'read_checkpoint']
 
 DTYPES = ('float32', 'float16', 'bfloat16')
 
@@ -192,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
             folder = args['folder'].resolve()
             print(f'published: {push(**args)}')
             if args['repo_id'] in ('', default_repo(folder)):
-                print(f'to list it as pretrained, write this at its tag in timm_ait/ait.py: {listing(folder)}')
+                line = listing(folder)
+                print(f'to list it as pretrained, import published in timm_ait/ait.py and write at its tag: {line}')
         elif command == 'publish':
             print(*publish(**args), sep='\n')
         else:

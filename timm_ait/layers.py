@@ -58,7 +58,7 @@ def is_hooked(layer: nn.Module) -> bool:
 
 
 def call_wide(layer: Any, x: Tensor) -> Tensor:
-    """A norm, or a linear layer without bias, in the dtype of its input: wider than its own in a narrow model."""
+    """A norm or a linear layer without bias. Its result has the dtype of its input; a plain one computes in it too."""
     if not is_plain(layer):
         like = next((p for p in layer.parameters() if p.is_floating_point()), x)  # a quantised layer may have none
         return layer(x.to(like.dtype)).to(x.dtype)

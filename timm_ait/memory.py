@@ -77,11 +77,13 @@ def load_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, found in names.items():
         old, new = memories[name], saved[str(found)]
         if old.is_meta:
-            raise ValueError(f'{name} is on the meta device, where nothing can be loaded; use model.to_empty() first')
+            raise ValueError(
+                f'{name} is on the meta device, where nothing can be loaded; use model.to_empty(device=...) first'
+            )
         if old.shape != new.shape:
             raise ValueError(
-                f'{name} has {_shape(old)}, but in {path} it has {_shape(new)}; create the model with '
-                f'num_slots={new.shape[0]} and slot_dim={new.shape[-1]}'
+                f'{name} has shape {tuple(old.shape)}, but in {path} it has shape {tuple(new.shape)}; create the model '
+                f'with num_slots={new.shape[0]} and slot_dim={new.shape[-1]}'
             )
     with torch.no_grad():
         for name, found in names.items():
@@ -112,7 +114,3 @@ def _find(name: str, saved: dict[str, Tensor]) -> str | None:
         return name
     fitting = [x for x in saved if f'.{x}'.endswith(f'.{name}') or f'.{name}'.endswith(f'.{x}')]
     return fitting[0] if len(fitting) == 1 else None
-
-
-def _shape(memory: Tensor) -> str:
-    return f'shape {tuple(memory.shape)}'

@@ -66,7 +66,8 @@ def publish(organisation: str, folder: Path, dry_run: bool = False) -> list[str]
     """
     folders = _named_folders(folder)
     repos = {f'{organisation}/{each.name}': each for each in folders}
-    lines = ['to list them as pretrained, write these at their tags in timm_ait/ait.py:', *map(listing, folders)]
+    lines = ['to list them as pretrained, import published in timm_ait/ait.py and write at their tags:']
+    lines += map(listing, folders)
     if organisation != HUB_ORGANISATION:
         lines.append(f"and in timm_ait/pretrained.py: HUB_ORGANISATION = '{organisation}'")
     if dry_run:

@@ -50,6 +50,7 @@ class RelationalTransformer(AssociativeTransformer):
             raise ValueError(f'question_dim must be an integer of at least 1, got {question_dim!r}; 18 is usual')
         if not no_embed_class:
             raise ValueError('only patches have a position here, got no_embed_class=False; leave it out')
+        fix_init = vit_args.pop('fix_init', False)  # scales once, when all parts are there
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -71,6 +72,7 @@ class RelationalTransformer(AssociativeTransformer):
         head = self.head
         del self.head
         self.head = head  # the last of the parameters, as timm's clipping without the classifier expects
+        self.fix_init = fix_init
         self.init_weights(needs_reset=False)  # once more, with the parts that are new
 
     def forward(  # type: ignore[override]

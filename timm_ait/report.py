@@ -69,7 +69,7 @@ class Sums:
         """Hook on the retrieval."""
         if self.last_slots is None or self.last_shares is None:  # a class that reads in another way
             return
-        h, attractors, scale = by_image(args[1]), args[2], kwargs['scale']
+        h, attractors, scale = by_image(args[1]), args[2], kwargs.get('scale')
         shares = self.last_shares.float().view(*h.shape[:-1], -1)  # (T, M) or (B, N, M) -> (B, N, M)
         r = shares @ attractors.float() * (1 if scale is None else scale)  # (B, N, E)
         means = r.mean(dim=1)
@@ -114,7 +114,7 @@ def watch(model: nn.Module) -> Iterator[dict[GlobalWorkspace, Sums]]:
     model.eval()
     try:
         for workspace, seen in sums.items():
-            vars(workspace)['store'] = _store_nothing  # a workspace may write in evaluation too
+            vars(workspace)['store'] = lambda *_: None  # a workspace may write in evaluation too
             hooks.append(workspace.linear_transform.register_forward_hook(seen.see_slots))
             hooks.append(workspace.retrieval.softmax.register_forward_hook(seen.see_shares))
             hooks.append(workspace.retrieval.register_forward_hook(seen.see_retrieval, with_kwargs=True))
@@ -143,10 +143,6 @@ def check_all_read(sums: dict[GlobalWorkspace, Sums]) -> None:
             f'nothing was retrieved in a workspace of class {", ".join(silent)}: the model does not call it, or it '
             'reads without self.linear_transform and self.retrieval, which the report watches'
         )
-
-
-def _store_nothing(*args: Any) -> None:
-    """In the place of :meth:`GlobalWorkspace.store`, the only method that changes a memory."""
 
 
 @torch.no_grad()

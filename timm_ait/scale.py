@@ -7,7 +7,7 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
 - ``loss / n`` and ``loss * tensor`` scale; ``loss * number`` scales too, unless the product becomes a term of a sum;
 - a sum has the scale that its terms share: ``a / 4 + b / 4`` has 1/4, ``a + 0.1 * b``, ``a + b / 0.1`` and
   ``0.3 * a + 0.7 * b`` have 1, with numbers and with tensors;
-- the first division of a sum over elements takes their mean: ``x.sum() / n`` has 1 for any n, and so has
+- the first division of a sum over elements takes their mean: ``x.sum() / n`` has 1 for any n above 1, so has
   ``cross_entropy(..., reduction='sum') / B`` for B samples, but B/N for a whole number N above B, as that of all
   samples of an accumulated batch (a multiple of B, where each sample has several targets); other terms may stand beside
   the sum;

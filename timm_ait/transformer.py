@@ -72,7 +72,11 @@ class NormalizedPatchEmbed(PatchEmbed):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Change the image size. The patch size stays, since the norm over the pixels of a patch depends on it."""
+        """Change the image size. The patch size stays, since the norm over the pixels of a patch depends on it.
+
+        Raises:
+            ValueError: For another patch size.
+        """
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             raise ValueError(
                 f'the stem normalises patches of {self.patch_size}, got patch_size={patch_size}; '
@@ -137,7 +141,7 @@ class AssociativeBlock(Block):
             return any(workspace.has_copies() for workspace in workspaces_in(self.mlp))
 
     def refuse_mask(self, attn_mask: Tensor | None, why: str) -> None:
-        """Raise a ValueError."""
+        """Raise a ValueError, except while torch.fx traces."""
         if not torch.jit.is_scripting():  # noqa: SIM102
             if isinstance(attn_mask, torch.fx.Proxy):  # torch.fx makes proxies of arguments that are left out too
                 return
@@ -265,7 +269,7 @@ class AssociativeTransformer(VisionTransformer):
         return self._track(super().forward_intermediates(without_subclass(x), *args, **kwargs))
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles: a copy of the model whose workspaces only read."""
+        """What torch.jit.script compiles: a copy of the model whose workspaces store nothing."""
         methods = 'write', 'keys_and_values', 'select', 'attend', 'update', 'fold_queries'
         for workspace in workspaces_in(self):
             if workspace.has_copies() and workspace.overrides(*methods):
@@ -338,7 +342,11 @@ class AssociativeTransformer(VisionTransformer):
         img_size: tuple[int, int] | None = None,
         patch_size: tuple[int, int] | None = None,
     ) -> None:
-        """Change image or patch size as timm does; a classifier over flattened tokens is tied to their number."""
+        """Change image or patch size as timm does.
+
+        Raises:
+            ValueError: If the patches do not fill the image, or if a classifier reads another grid of flattened tokens.
+        """
         new_img, new_patch = img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size
         (h, w), (p, q) = to_2tuple(new_img), to_2tuple(new_patch)
         y, x = getattr(self.patch_embed, 'feature_ratio', (1, 1))  # a convolutional stem makes the image smaller
@@ -434,7 +442,7 @@ def check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int
     (h, w), (p, q) = to_2tuple(img_size), to_2tuple(patch_size)
     if not padded and (h % p or w % q):
         raise ValueError(
-            f'img_size must be divisible by patch_size, got {(h, w)} and {(p, q)}; '
+            f'img_size must be divisible by patch_size, got {(h, w)} and patches of {(p, q)} pixels; '
             f'the nearest sizes below are {(h // p * p, w // q * q)}'
         )
 

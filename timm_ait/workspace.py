@@ -59,9 +59,9 @@ class GlobalWorkspace(nn.Module):
     With ``h = LN(W2 GELU(W1 x))`` the layer returns ``h + r``: tokens write into the memory through top-k attention,
     and ``r = softmax(beta h a^T) a`` retrieves, for every token, from the attractors ``a = W_LT gamma + b``.
 
-    The state is one buffer, ``memory`` (M, D), in float32 or wider, whatever the dtype of the model. Only :meth:`store`
-    changes it. A read from it normalises its rows. Like the statistics of a BatchNorm it moves in training mode,
-    under ``torch.no_grad`` too, but not in a layer whose parameters are all frozen.
+    The state is one buffer, ``memory`` (M, D), in float32 or wider, whatever the dtype of the model. A forward changes
+    it in :meth:`store` alone. A read from it normalises its rows. Like the statistics of a BatchNorm it moves in
+    training mode, under ``torch.no_grad`` too, but not in a layer whose parameters are all frozen.
 
     In training mode the layer adds the gradient of its balance loss to any backward pass through it, see `balance.py`.
     ``auto_balance = False`` turns that off.
@@ -403,10 +403,10 @@ class GlobalWorkspace(nn.Module):
         return any(getattr(type(self), name) is not getattr(GlobalWorkspace, name) for name in methods)
 
     def store(self, write: MemoryWrite, x: Tensor) -> None:
-        """Store the memory after a write of the tokens ``x``; the only place where the memory changes.
+        """Store the memory after a write of the tokens ``x``; the only place where a forward changes the memory.
 
-        In distributed training it is the memory that one write of all ranks' tokens leaves, or the mean of the copies
-        of all images on all ranks.
+        In distributed training it is the memory that one write of the tokens of all ranks leaves, or the mean direction
+        of the copies of all images on all ranks.
         """
         if getattr(self, '_is_replica', False):
             raise ValueError('DataParallel loses what its replicas write into the memory; use DistributedDataParallel')
@@ -493,7 +493,8 @@ class GlobalWorkspace(nn.Module):
             self.write_norm: self.write_grad and self.write_rule != 'additive',
         }
         for layer, is_trained in trained.items():
-            layer.requires_grad_(is_trained and self.write_mode != 'never')
+            if not is_trained or self.write_mode == 'never':
+                layer.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'GlobalWorkspace':
         """Move or cast the module, but never narrow the memory below float32: a write moves it by small steps."""
