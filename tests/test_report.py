@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 from models import Unread, memories
+from timm.layers import Mlp
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from timm_ait import BlockReport, GlobalWorkspace, format_report, memory_report
+from timm_ait.report import number_blocks
 
 ORTHOGONAL, EQUAL = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
 
@@ -55,6 +57,28 @@ def test_a_map_of_tokens_is_one_image_of_them_and_tokens_alone_are_one_image() -
     (alone,) = memory_report(layer, tokens.flatten(0, 1))
     assert vars(as_map) == pytest.approx(vars(lined_up))
     assert vars(alone) == pytest.approx(dict(vars(lined_up), varies_over_images=0), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('names', 'numbers'),
+    [
+        (['blocks.1.mlp', 'blocks.3.mlp.0'], [1, 3]),
+        (['module._orig_mod.blocks.2.inside.mlp'], [2]),
+        (['layers.0.blocks.0.mlp', 'layers.0.blocks.1.mlp', 'layers.1.blocks.0.mlp'], [0, 1, 2]),
+        (['', 'body.mlp'], [0, 1]),
+    ],
+    ids=str,
+)
+def test_a_block_has_the_number_of_its_name_where_that_tells_them_apart(names: list[str], numbers: list[int]) -> None:
+    assert number_blocks(names) == numbers
+
+
+def test_blocks_without_memory_are_left_out() -> None:
+    model = timm.create_model('test_ait')
+    model.blocks[0].mlp = model.blocks[2].mlp = Mlp(128)
+    reports = memory_report(model, torch.randn(2, 3, 32, 32))
+    assert [report.block for report in reports] == [1, 3]
+    assert [line.split(' | ')[0] for line in format_report(reports).splitlines()[2:]] == ['| 1', '| 3']
 
 
 def test_a_layer_that_reads_in_another_way_is_named() -> None:

@@ -192,10 +192,10 @@ def _draw_slots(figure: Any, usage: Tensor, reports: list[BlockReport]) -> None:
     M = usage.shape[1]
     figure.suptitle('Mean retrieval attention on each memory slot (dashed: all slots alike)')
     axes = figure.subplots(1, len(usage), sharey=True, squeeze=False)[0]
-    for i, (axis, shares, report) in enumerate(zip(axes, usage, reports, strict=True)):
+    for axis, shares, report in zip(axes, usage, reports, strict=True):
         axis.bar(range(M), (100 * shares).numpy(), color='tab:blue')
         axis.axhline(100 / M, color='black', linestyle='--', linewidth=1)
-        axis.set_title(f'block {i}: {report.slots_in_use:.1f} of {M} slots in use (perplexity)', fontsize=10)
+        axis.set_title(f'block {report.block}: {report.slots_in_use:.1f} of {M} slots in use (perplexity)', fontsize=10)
         axis.set(xlabel='slot', xticks=range(0, M, 5))
         axis.spines[['top', 'right']].set_visible(False)
     axes[0].set_ylabel('mean attention, %')

@@ -67,8 +67,8 @@ def _panels(titles: Sequence[str], size: tuple[float, float] = (3.0, 2.7)) -> tu
     return figure, axes[: len(titles)]
 
 
-def _of_blocks(blocks: Sequence[Any]) -> list[str]:
-    return [f'block {i}' for i in range(len(blocks))]
+def _of_blocks(blocks: Sequence[BlockInspection]) -> list[str]:
+    return [f'block {block.report.block}' for block in blocks]
 
 
 def draw_cosines(blocks: Sequence[BlockInspection]) -> Any:
@@ -202,8 +202,7 @@ def draw_retrieval(images: Tensor, block: BlockInspection) -> Any:
 
 def draw_drift(drift: Drift) -> Any:
     """Distance of the slots from the first checkpoint and from the one before: the mean, and the range over slots."""
-    L = drift.since_first.shape[1]
-    figure, axes = _panels(_of_blocks(range(L)))
+    figure, axes = _panels([f'block {i}' for i in range(drift.since_first.shape[1])])
     steps = range(len(drift.labels))
     for i, axis in enumerate(axes):
         for values, first, name, colour in (

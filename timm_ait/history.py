@@ -95,10 +95,7 @@ def follow_training(run: Path, images: Tensor) -> list[dict[str, Any]]:
     for epoch in sorted(epochs.keys() | checkpoints.keys()):
         known = {name: float(epochs.get(epoch, {}).get(name) or 'nan') for name in ('train_loss', 'eval_top1')}
         blocks = inspect(load_checkpoint(checkpoints[epoch]), images) if epoch in checkpoints else []
-        numbers = [
-            {'block': i, **asdict(x.report), 'balance_loss': x.balance_loss, 'tokens_read': x.tokens_read}
-            for i, x in enumerate(blocks)
-        ]
+        numbers = [{**asdict(x.report), 'balance_loss': x.balance_loss, 'tokens_read': x.tokens_read} for x in blocks]
         rows += [{'epoch': epoch, **known, **each} for each in numbers or [{}]]
     return rows
 

@@ -111,14 +111,14 @@ def visualize(
         _table(format_report([block.report for block in blocks])),
         '<h2>Are slots alike?</h2>',
         f'<p>{ALIKE}</p>',
-        '<ul>' + ''.join(f'<li>Block {i}: {_alike(block)}.</li>' for i, block in enumerate(blocks)) + '</ul>',
+        '<ul>' + ''.join(f'<li>Block {x.report.block}: {_alike(x)}.</li>' for x in blocks) + '</ul>',
         _picture('Cosine between slots', COSINES, drawing.draw_cosines(blocks)),
         '<h2>Which slots are used?</h2>',
         _picture('Use of the slots', USE, drawing.draw_use(blocks)),
         '<h2>How does retrieval settle?</h2>',
         _picture('Energy along retrieval steps', ENERGY, drawing.draw_energy(blocks)),
         '<h2>What does each slot read, and each token retrieve?</h2>',
-        *(_block(i, block, shown) for i, block in enumerate(blocks)),
+        *(_block(block, shown, is_open=block is blocks[0]) for block in blocks),
     ]
     if drift is not None:
         parts += ['<h2>Does the memory move?</h2>', _picture('Drift of the memory', DRIFT, drawing.draw_drift(drift))]
@@ -133,13 +133,14 @@ def visualize(
     )
 
 
-def _block(i: int, block: BlockInspection, images: Tensor) -> str:
+def _block(block: BlockInspection, images: Tensor, is_open: bool) -> str:
     """The pictures of one block; a reader opens those of the others."""
+    i = block.report.block
     retrieval = RETRIEVAL.format(even=1 / len(block.use))
     reads = f'{READS} A slot of this block reads {block.tokens_read:.0f} tokens (exp of the mean entropy of its gates).'
     return '\n'.join(
         [
-            f'{"<details>" if i else OPEN}<summary>Block {i}</summary>',
+            f'{OPEN if is_open else "<details>"}<summary>Block {i}</summary>',
             _picture(f'Positions that the slots of block {i} read', POSITIONS, drawing.draw_positions(block)),
             _picture(f'Images as the slots of block {i} read them', reads, drawing.draw_reads(images, block)),
             _picture(f'Retrieval of the tokens in block {i}', retrieval, drawing.draw_retrieval(images, block)),

@@ -1,5 +1,6 @@
 """What the memories of a model hold, and what its tokens retrieve, in a few numbers."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class BlockReport:
     """One workspace. Lengths are root mean squares over tokens.
 
     Attributes:
+        block: Number of the block, as in ``model.blocks``; without such a list, its place among the workspaces.
         mean_cosine: Mean cosine between two slots: 1 where all slots are one point, 0 where they are orthogonal.
         effective_rank: Number of directions that the slots use: exp of the entropy of their singular values, 1 to M.
         length: Length of the retrieval, relative to the length of a token.
@@ -28,6 +30,7 @@ class BlockReport:
         slots_in_use: How many slots get an even share of the retrieval: exp of the entropy of their shares, 1 to M.
     """
 
+    block: int
     mean_cosine: float
     effective_rank: float
     length: float
@@ -39,7 +42,8 @@ class BlockReport:
 class Sums:
     """Sums over all tokens that pass one workspace."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: int) -> None:
+        self.block = block
         self.cosines: list[Tensor] = []
         self.ranks: list[Tensor] = []
         self.shares: Any = 0
@@ -88,6 +92,7 @@ class Sums:
         over_tokens = square - (self.mean / self.tokens).square().sum()
         over_images = self.means_squared / self.images - (self.means / self.images).square().sum()
         return BlockReport(
+            block=self.block,
             mean_cosine=torch.cat(self.cosines).mean().item(),
             effective_rank=torch.cat(self.ranks).mean().item(),
             length=(self.squares / self.states).sqrt().item(),
@@ -104,7 +109,8 @@ def watch(model: nn.Module) -> Iterator[dict[GlobalWorkspace, Sums]]:
     Raises:
         ValueError: If the model has no workspace.
     """
-    sums = {module: Sums() for module in model.modules() if isinstance(module, GlobalWorkspace)}
+    names = {module: name for name, module in model.named_modules() if isinstance(module, GlobalWorkspace)}
+    sums = {module: Sums(block) for module, block in zip(names, number_blocks(names.values()), strict=True)}
     if not sums:
         raise ValueError(
             'the model has no GlobalWorkspace to report on; a fused model has none: report before you fuse'
@@ -128,6 +134,14 @@ def watch(model: nn.Module) -> Iterator[dict[GlobalWorkspace, Sums]]:
                 module.train(mode)
         for hook in hooks:
             hook.remove()
+
+
+def number_blocks(names: Iterable[str]) -> list[int]:
+    """Numbers of the blocks that hold the modules of these names; their places if the names do not tell them apart."""
+    found = [re.findall(r'(?:^|\.)blocks\.(\d+)\.', name) for name in names]
+    numbers = [int(number) for one in found for number in one]
+    is_told = all(len(one) == 1 for one in found) and len(set(numbers)) == len(found)
+    return numbers if is_told else list(range(len(found)))
 
 
 def by_image(h: Tensor) -> Tensor:
@@ -189,8 +203,9 @@ def format_report(reports: list[BlockReport]) -> str:
         '| block | slots: mean cosine | effective rank | in use | retrieval / token, length | varies over tokens, % '
     )
     lines = [f'{heading}| over images, % |', '|---|---|---|---|---|---|---|']
-    for i, report in enumerate(reports):
+    for report in reports:
         cells = (
+            f'{report.block}',
             f'{report.mean_cosine:.4f}',
             f'{report.effective_rank:.1f}',
             f'{report.slots_in_use:.1f}',
@@ -198,5 +213,5 @@ def format_report(reports: list[BlockReport]) -> str:
             f'{100 * report.varies_over_tokens:.2f}',
             f'{100 * report.varies_over_images:.2f}',
         )
-        lines.append(f'| {i} | {" | ".join(cells)} |')
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
