@@ -18,7 +18,7 @@ import timm
 import torch
 from contenders import LoopedWorkspace
 from loop import Data, Settings, accuracy, predict
-from record import told, write_record
+from record import read_records, told, write_record
 from torch import nn
 
 from timm_ait import GlobalWorkspace
@@ -97,7 +97,12 @@ def run(args: argparse.Namespace) -> None:
     """Train or load the model, evaluate it both ways, print the table and write the result."""
     torch.set_num_threads(args.threads)
     (seed,), data = args.seeds, tables.TASKS[args.table].data
-    arguments = tables.settings_of(args)
+    arguments = {'table': args.table, 'test': args.test, 'weights': args.weights}
+    if args.weights is None:
+        arguments = tables.settings_of(args)
+    for path, record in read_records(args.out, ['arguments'], 'batch_sizes.json').items():
+        if record['arguments'] != arguments:
+            raise ValueError(f'{path} holds what was measured with other arguments; give another --out')
     training: dict[str, Any] = {}
     checkpoint = None
     if args.weights is None:
@@ -105,7 +110,6 @@ def run(args: argparse.Namespace) -> None:
         training = fitted.record()
     else:
         model, settings = load(args.weights)
-        arguments = {'table': args.table, 'test': args.test, 'weights': args.weights}
     authors = loop_heads(model)
     test = data(args, 'test', args.test)
     found = {'ours': measure(model, test, settings), "the authors' way": measure(authors, test, settings)}

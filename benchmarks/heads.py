@@ -16,7 +16,7 @@ from typing import Any
 import timm
 import torch
 from loop import sample_folder
-from record import told
+from record import positive, told
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--model', default='vit_base_patch16_224')
     parser.add_argument('--checkpoint', default='', help="instead of the model's own weights")
     parser.add_argument('--num-classes', type=int, help='of the checkpoint, where the model has another number')
-    parser.add_argument('--images', type=int, default=500, help='spread evenly over the folder')
+    parser.add_argument('--images', type=positive, default=500, help='spread evenly over the folder')
     parser.add_argument('--batch-size', type=int, default=20)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--output', type=Path, default=Path('heads.png'))

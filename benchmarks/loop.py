@@ -5,7 +5,6 @@ bit.
 """
 
 import math
-import pickle
 import sys
 import time
 import zlib
@@ -24,6 +23,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -87,9 +87,13 @@ def load(folder: Path, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Read the images ``first`` to ``first + count`` of every class: uint8 (N, 3, H, W) and labels (N,).
 
     Raises:
-        ValueError: If a class has fewer images, or if none are asked for.
+        ValueError: If a class has fewer images, if none are asked for, if a folder train or test beside this one has
+            other classes, or if the images differ in size.
     """
     dataset = ImageFolder(str(folder))
+    for beside in (folder.with_name('train'), folder.with_name('test')):
+        if beside.is_dir() and find_classes(str(beside))[0] != dataset.classes:
+            raise ValueError(f'{folder} has the classes {dataset.classes}, other ones than {beside}')
     samples: dict[int, list[str]] = {}
     for path, label in dataset.samples:
         samples.setdefault(label, []).append(path)
@@ -101,7 +105,10 @@ def load(folder: Path, first: int, count: int) -> tuple[Tensor, Tensor]:
         )
     chosen = [(path, label) for label, paths in samples.items() for path in paths[first : first + count]]
     paths = tqdm([path for path, _ in chosen], desc=f'reading {folder.name}', disable=None)
-    images = torch.stack([pil_to_tensor(dataset.loader(path)) for path in paths])
+    read = [pil_to_tensor(dataset.loader(path)) for path in paths]
+    if sizes := {tuple(x.shape[1:]) for x in read} - {tuple(read[0].shape[1:])}:
+        raise ValueError(f'expected images of one size in {folder}, got {tuple(read[0].shape[1:])} and {sizes.pop()}')
+    images = torch.stack(read)
     return images, torch.tensor([label for _, label in chosen])
 
 
@@ -113,6 +120,10 @@ def sample_folder(folder: str | Path, model: nn.Module, count: int) -> Subset[An
 
 class OutOfTimeError(Exception):
     """A run was stopped at its deadline."""
+
+
+class DivergedError(ValueError):
+    """A run has a loss that is not finite."""
 
 
 def fit(
@@ -286,7 +297,7 @@ class Run:
     def _check(self) -> None:
         loss = self.sums[0].item()
         if not math.isfinite(loss):
-            raise ValueError(f'expected a finite loss, got {loss} before step {self.step}; lower the learning rate')
+            raise DivergedError(f'expected a finite loss, got {loss} before step {self.step}; lower the learning rate')
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -297,9 +308,9 @@ class Run:
         """
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # of many kinds: whatever the file holds is taken for a pickle
             raise ValueError(f'{path} is damaged; remove it to start anew: {error}') from error
-        missing = [key for key in self.state() if key not in state]
+        missing = [key for key in self.state() if not isinstance(state, dict) or key not in state]
         if missing:
             raise ValueError(f'{path} lacks {", ".join(missing)}: an older version wrote it; remove the file')
         saved = state['identity']

@@ -205,7 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--minutes', type=float, help='stop after so many, to go on at the next call')
     parser.add_argument('--width', type=positive, default=128)
     parser.add_argument('--depth', type=positive, default=2)
-    parser.add_argument('--images', type=int, default=1000, help='for training, per class')
+    parser.add_argument('--images', type=positive, default=1000, help='for training, per class')
     parser.add_argument('--test-images', type=int, default=1000, help='per class')
     parser.add_argument('--epochs', type=int, default=6)
     parser.add_argument('--batch-size', type=int, default=128)

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 import timm
 import torch
 
+from timm_ait.pretrained import WeightsError
+
 
 def commit() -> str | None:
     """Return the commit of this checkout, which ends in '-dirty' if the code was changed since; None without git."""
@@ -59,7 +61,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         write: Writes its content into the open file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f'{path.name}.tmp')
+    scratch = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # another process may write the same file
     with scratch.open('wb') as file:
         write(file)
         file.flush()
@@ -84,6 +86,8 @@ def read_records(folder: Path, names: Iterable[str], pattern: str = '*.json') ->
             records[path] = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f'{path} is no JSON: {error}; remove it') from error
+        if not isinstance(records[path], dict):
+            raise ValueError(f'{path} is no result, got {type(records[path]).__name__}; remove it')
         missing = [name for name in names if name not in records[path]]
         if missing:
             raise ValueError(f'{path} holds no {", ".join(missing)}: it is the result of another script')
@@ -126,6 +130,10 @@ def positive(text: str) -> int:
 
 def check_device(device: str) -> None:
     """Raise ValueError if this machine has no such device."""
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'there is no device {device}; take cpu or cuda') from error
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise ValueError(f'PyTorch finds no GPU here, got --device {device}; take cpu')
 
@@ -143,5 +151,5 @@ def told(parser: argparse.ArgumentParser, folder: Path | None = None) -> Iterato
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         yield
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except (ValueError, OSError, WeightsError) as error:
+        parser.error(str(error) or repr(error))

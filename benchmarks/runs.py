@@ -4,20 +4,31 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from loop import OutOfTimeError
+from loop import DivergedError, OutOfTimeError
 from scipy.stats import t  # comes with scikit-learn
 from torch import nn
 
 
 def run_each(todo: Iterable[tuple[str, int]], run: Callable[[str, int], float]) -> None:
-    """Run each of these names with its seed, and print its accuracy; stop where ``run`` is out of time."""
+    """Run each of these names with its seed, and print its accuracy; stop where ``run`` is out of time.
+
+    Raises:
+        ValueError: After the other runs, if some of them had a loss that is not finite.
+    """
+    diverged: list[str] = []
     for name, seed in todo:
         try:
             top1 = run(name, seed)
+        except DivergedError as error:
+            diverged.append(f'{name}, seed {seed}: {error}')
+            print(diverged[-1], flush=True)
+            continue
         except OutOfTimeError as error:
             print(f'{name}, seed {seed}: {error}; the same command goes on from there')
             return
         print(f'{name}, seed {seed}: {top1:.2f} %', flush=True)
+    if diverged:
+        raise ValueError('; '.join(diverged))
 
 
 def count_parameters(model: nn.Module) -> int:

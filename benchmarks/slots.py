@@ -39,14 +39,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('folder', nargs='?', help='images, one folder for each class')
     parser.add_argument('--model', default='test_ait')
     parser.add_argument('--checkpoint', type=Path, help="take these weights instead of the model's own")
-    parser.add_argument('--images', type=int, default=1000, help='number of images, spread evenly over the folder')
+    parser.add_argument('--images', type=positive, default=1000, help='number of images, spread evenly over the folder')
     parser.add_argument('--writes', type=positive, help='write so many batches to an untrained memory instead')
     args = parser.parse_args(argv)
     if args.writes and not timm.is_model(args.model):
         parser.error(f'--writes needs the name of a model, got --model {args.model}')
     if args.writes:
         torch.manual_seed(0)
-        seen = write_noise(timm.create_model(args.model).train(), args.writes)
+        with told(parser):
+            seen = write_noise(timm.create_model(args.model).train(), args.writes)
         lines = (f'| {i} | {report.mean_cosine:.4f} | {report.effective_rank:.1f} |' for i, report in seen.items())
         print('| writes | slots: mean cosine | effective rank |\n|---|---|---|', *lines, sep='\n')
         return

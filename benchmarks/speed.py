@@ -283,8 +283,8 @@ def run_all(args: Args) -> None:
     del arguments['out']
     arguments['fused_attention'] = use_fused_attn() > 0  # TIMM_FUSED_ATTN
     for path, record in read_records(args.out, ['rows'], f'{stem.name}.json').items():
-        if record['arguments'] != arguments:
-            raise ValueError(f'{path} holds what was measured with other arguments; give another --out')
+        kind = 'these arguments; remove it' if record['arguments'] == arguments else 'other arguments; keep it'
+        raise ValueError(f'{path} holds what was measured with {kind}, or give another --out')
     torch.manual_seed(0)
     keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []

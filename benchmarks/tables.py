@@ -41,7 +41,9 @@ def load_cifar10(args: argparse.Namespace, split: str, size: int) -> Data:
     """Read JPEG files into memory: uint8 (N, 3, 32, 32) and labels (N,), equally many of each class."""
     if args.data is None:
         raise ValueError('cifar10 needs a folder of images, with train/<class>/* and test/<class>/* in it')
-    images, labels = load(args.data / split, 0, max(size // 10, 1))
+    if size % 10:
+        raise ValueError(f'--{split} must be a multiple of the ten classes, got {size}')
+    images, labels = load(args.data / split, 0, size // 10)
     if len(labels.unique()) != 10:
         raise ValueError(f'cifar10 has ten classes, got {len(labels.unique())} in {args.data / split}')
     return images, labels
@@ -105,7 +107,7 @@ SETTINGS = (
     *('table', 'train', 'test', 'width', 'depth', 'mlp_ratio', 'head', 'pos_embed'),
     *('batch_size', 'lr', 'weight_decay', 'bfloat16'),
 )
-RESULT = ('row', 'seed', 'top1', 'parameters', 'arguments')
+RESULT = ('row', 'seed', 'top1', 'parameters', 'arguments', 'log')
 WHERE_GIVEN = ('heads', 'num_slots', 'opt', 'turn')  # later settings: results without them keep their names
 OF_ONE_TABLE = {'sort_of_clevr': ('questions',), 'recall': ('grid', 'pairs', 'joined')}
 
@@ -207,6 +209,8 @@ def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
     """
     tables: dict[str, dict[Path, Any]] = {}
     for path, record in read_records(folder, RESULT).items():
+        if record['row'] not in ROWS:
+            raise ValueError(f'{path} is of a row {record["row"]!r} that is not known here; remove it')
         arguments = {
             key: value for key, value in record['arguments'].items() if value is not None and value is not False
         }
@@ -278,8 +282,10 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument('--grid', type=int, default=16, help='patches a side of recall')
     parser.add_argument('--pairs', type=int, default=8, help='of recall')
     parser.add_argument('--joined', action='store_true', help='key and value of recall stand in one patch')
-    parser.add_argument('--train', type=int, help="images or scenes to train on; by default the table's own number")
-    parser.add_argument('--test', type=int, help='the same for the test')
+    parser.add_argument(
+        '--train', type=positive, help="images or scenes to train on; by default the table's own number"
+    )
+    parser.add_argument('--test', type=positive, help='the same for the test')
     parser.add_argument('--width', type=positive, help="of a token; by default each row's own, as is depth")
     parser.add_argument('--depth', type=positive)
     parser.add_argument('--mlp-ratio', type=float)

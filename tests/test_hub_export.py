@@ -5,6 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -206,6 +207,12 @@ def test_the_version_names_no_commit_of_a_project_around_the_package(
     assert re.fullmatch(rf'{re.escape(timm_ait.__version__)} \([0-9a-f]{{40}}\)', hub._code_version())
     monkeypatch.setenv('PATH', '')
     assert hub._code_version() == timm_ait.__version__
+
+
+def test_a_file_that_breaks_off_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, 'load', Mock(side_effect=OSError(22, 'Invalid argument')))
+    with pytest.raises(ValueError, match=rf'{checkpoint.name} breaks off \(.*Invalid argument\); was it written whole'):
+        hub.read_checkpoint(checkpoint)
 
 
 def test_an_export_that_fails_leaves_no_files(

@@ -9,8 +9,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from loop import Settings, augment, evaluate, fit, normalize, turn, weight_sum
+from loop import DivergedError, Settings, augment, evaluate, fit, load, normalize, turn, weight_sum
+from PIL import Image
 from record import write_whole
+from runs import run_each
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -146,9 +148,42 @@ def test_a_damaged_checkpoint_or_one_of_other_images_is_refused(tmp_path: Path) 
     fit(make_linear(), (pixels, labels), settings, path)
     with pytest.raises(ValueError, match='is of a run with data='):
         fit(make_linear(), (pixels.flip(-1), labels), settings, path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r'run\.pt is damaged; remove it'):
+    for content in (path.read_bytes()[:100], path.read_bytes()[:1000], b'text'):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r'run\.pt is damaged; remove it'):
+            fit(make_linear(), (pixels, labels), settings, path)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match=r'run\.pt lacks .*: an older version wrote it; remove the file'):
         fit(make_linear(), (pixels, labels), settings, path)
+
+
+def save_images(folder: Path, sides: dict[str, int]) -> Path:
+    for name, side in sides.items():
+        (folder / name).mkdir(parents=True)
+        Image.new('RGB', (side, side)).save(folder / name / '0.png')
+    return folder
+
+
+def test_images_of_other_classes_or_sizes_are_refused(tmp_path: Path) -> None:
+    train = save_images(tmp_path / 'train', {'ant': 8, 'bee': 8, 'cat': 9})
+    with pytest.raises(ValueError, match=r'expected images of one size in .*train, got \(8, 8\) and \(9, 9\)'):
+        load(train, 0, 1)
+    test = save_images(tmp_path / 'test', {'bee': 8, 'cat': 8})
+    for folder in (train, test):
+        with pytest.raises(ValueError, match=r"has the classes \['.*'\], other ones than .*(train|test)$"):
+            load(folder, 0, 1)
+
+
+def test_after_a_run_that_diverged_the_others_follow(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(name: str, seed: int) -> float:
+        if seed == 1:
+            raise DivergedError('expected a finite loss')
+        return 50.0
+
+    with pytest.raises(ValueError, match=r'^ait, seed 1: expected a finite loss; vit, seed 1: expected a finite loss$'):
+        run_each([('ait', 1), ('ait', 2), ('vit', 1), ('vit', 2)], run)
+    assert 'ait, seed 2: 50.00 %' in (said := capsys.readouterr().out)
+    assert 'vit, seed 2: 50.00 %' in said
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """What is written beside every result: machine, versions, commit and arguments."""
 
+import argparse
 import json
 import subprocess
 from pathlib import Path
 
+import pytest
 import timm
 import torch
-from record import environment, write_record
+from record import check_device, environment, read_records, told, write_record
+
+from timm_ait.pretrained import WeightsError
 
 
 def test_the_environment_names_versions_machine_and_commit() -> None:
@@ -25,3 +29,28 @@ def test_a_record_holds_environment_arguments_and_results(tmp_path: Path) -> Non
     assert record['arguments'] == {'out': str(tmp_path), 'seeds': 3}
     assert record['accuracy'] == [70.5, 71.25]
     assert environment().items() <= record.items()
+
+
+@pytest.mark.parametrize('text', ['7', '[]', '"row"'])
+def test_a_file_that_is_no_result_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / 'other.json').write_text(text)
+    with pytest.raises(ValueError, match=r'other\.json is no result, got (int|list|str); remove it'):
+        read_records(tmp_path, ['row'])
+
+
+@pytest.mark.parametrize(
+    ('error', 'said'),
+    [(FileNotFoundError(), 'FileNotFoundError()'), (WeightsError('no network'), 'no network')],
+    ids=['without words', 'weights'],
+)
+def test_an_error_of_the_user_ends_in_a_sentence(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match='2'), told(argparse.ArgumentParser()):
+        raise error
+    assert capsys.readouterr().err.endswith(f'error: {said}\n')
+
+
+def test_a_device_that_torch_does_not_know_is_named() -> None:
+    with pytest.raises(ValueError, match='there is no device foo; take cpu or cuda'):
+        check_device('foo')

@@ -97,7 +97,10 @@ def test_numbers_of_other_arguments_are_not_written_over(measured: Path, capsys:
     before = (measured / 'speed-cpu-float32.json').read_bytes()
     with pytest.raises(SystemExit, match='2'):
         speed.main(['--quick', '--rows', 'tokens', '--out', str(measured)])
-    assert 'holds what was measured with other arguments; give another --out' in capsys.readouterr().err
+    assert 'holds what was measured with other arguments; keep it, or give another --out' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'):
+        speed.main(['--quick', '--out', str(measured)])
+    assert 'holds what was measured with these arguments; remove it, or give another --out' in capsys.readouterr().err
     assert (measured / 'speed-cpu-float32.json').read_bytes() == before
 
 

@@ -175,6 +175,7 @@ def test_too_few_images_or_classes_are_named(folder: Path, tmp_path: Path, capsy
         shutil.rmtree(sorted((few / split).iterdir())[0])
     for data, arguments, message in (
         (folder, ['--train', '5000'], 'images of each class of'),
+        (folder, ['--train', '25'], '--train must be a multiple of the ten classes, got 25'),
         (few, [], 'cifar10 has ten classes, got 9'),
     ):
         with pytest.raises(SystemExit):
@@ -184,7 +185,9 @@ def test_too_few_images_or_classes_are_named(folder: Path, tmp_path: Path, capsy
 
 def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken, foreign = tmp_path / 'broken', tmp_path / 'foreign'
-    for path, text in ((broken, '{'), (foreign, '{"variant": "none"}')):
+    unknown = tmp_path / 'unknown'
+    record = dict(row='mine', seed=1, top1=50.0, parameters=1, arguments={'table': 'triangle'}, log=[])
+    for path, text in ((broken, '{'), (foreign, '{"variant": "none"}'), (unknown, json.dumps(record))):
         path.mkdir()
         (path / f'{path.name}.json').write_text(text)
     wrong = {
@@ -206,6 +209,8 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'No such file or directory': ['cifar10', str(tmp_path / 'nowhere'), *TOY],
         'broken.json is no JSON': ['--show', str(broken)],
         'holds no row, seed': ['--show', str(foreign)],
+        "unknown.json is of a row 'mine' that is not known here": ['--show', str(unknown)],
+        'got -5': ['cifar10', '--test', '-5'],
     }
     for message, arguments in wrong.items():
         with pytest.raises(SystemExit):
@@ -276,6 +281,9 @@ def test_the_accuracy_of_packaged_weights_is_the_same_at_every_batch_size(folder
     ours, theirs = record['batch_sizes'].values()
     assert len({size['top1'] for size in ours.values()}) == 1
     assert theirs['64']['difference'] > max(size['difference'] for size in ours.values())
+    with pytest.raises(SystemExit):
+        batch_sizes.main(['cifar10', str(folder), '--weights', 'test_ait', '--test', '10', '--out', str(tmp_path)])
+    assert json.loads((tmp_path / 'batch_sizes.json').read_text()) == record
 
 
 def test_the_published_tables_are_those_of_the_results() -> None:

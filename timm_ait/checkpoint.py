@@ -1,6 +1,7 @@
 """Read a checkpoint of timm's train.py or of the authors' code, or a file of weights, and build its model."""
 
 import argparse
+import errno
 import json
 import re
 from pathlib import Path
@@ -71,8 +72,10 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f'{path} breaks off ({error}); was it written whole?') from error
     except Exception as error:  # of many kinds: whatever the file holds is taken for a pickle
         raise ValueError(
             f'{path} is no checkpoint of tensors and plain values, so it is not read; save the weights alone '

@@ -46,9 +46,10 @@ def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load what :func:`save_memory` has saved, from the same model or from one that is wrapped in another way.
+    """Load what :func:`save_memory` has saved, from the same model or from one that is wrapped as a whole.
 
-    A memory is found by the end of its name. Each one in the file must fit one of the model, and the other way round.
+    A memory is found by the end of its name, so a layer or a block that is wrapped has another one. Each one in the
+    file must fit one of the model, and the other way round.
 
     Args:
         model: An Associative Transformer, or any module that contains one. Nothing changes if there is an error.
@@ -56,7 +57,7 @@ def load_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file holds something else, or names and shapes do not fit.
+        ValueError: If the file holds something else, values that are not finite, or names and shapes that do not fit.
     """
     try:
         saved = load_file(path)
@@ -80,6 +81,8 @@ def load_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f'{name} is on the meta device, where nothing can be loaded; use model.to_empty(device=...) first'
             )
+        if not new.isfinite().all():
+            raise ValueError(f'{name} has NaN or infinite values in {path}; take the memory of an earlier epoch')
         if old.shape != new.shape:
             raise ValueError(
                 f'{name} has shape {tuple(old.shape)}, but in {path} it has shape {tuple(new.shape)}; create the model '
