@@ -1,4 +1,4 @@
-"""The Associative Transformer with one part changed, each through the methods that a workspace has for that.
+"""The Associative Transformer with one part changed.
 
     python benchmarks/ablations.py    # what each of them changes, and its parameters
 
@@ -12,58 +12,25 @@ from typing import Any
 
 import torch
 from baselines import HEADS, LIKE_VIT_B, Baseline, Head, Stem
-from memory import ADDITIVE, IMAGE, NoMemory
 from mixers import CrossAttention, ViT
 from runs import count_parameters
 from torch import Tensor, nn
+from variants import (
+    ADDITIVE,
+    IMAGE,
+    CrossAttentionRead,
+    FaintLogits,
+    NoMemory,
+    OrthogonalMemory,
+    ResetMemory,
+    UnitLogits,
+)
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, NormalizedPatchEmbed, RelationalTransformer
-from timm_ait.layers import rms_norm
 
 ALL_TOKENS = 2**31  # a bottleneck that no batch reaches
 SIZES: dict[str, Any] = dict(LIKE_VIT_B, depth=2)  # of the paper's ablations
 REGISTERS = 'vit_registers'
-
-
-class CrossAttentionRead(GlobalWorkspace):
-    """Tokens read the memory by attention with projections, in ``write_heads`` heads, and not by Hopfield retrieval."""
-
-    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
-        """``h + attention(h, gamma)``: (B, N, E)."""
-        return h + self.cross_attention(h, memory.to(h.dtype).expand(len(h), -1, -1))  # (M, D) -> (B, M, D)
-
-
-class ResetMemory(GlobalWorkspace):
-    """The memory starts anew with every epoch."""
-
-    def start_epoch(self) -> None:
-        """Forget; `loop.py` calls this."""
-        self.reset_memory()
-
-
-class OrthogonalMemory(GlobalWorkspace):
-    """The memory starts with orthogonal slots."""
-
-    def reset_parameters(self) -> None:
-        """Start from orthogonal slots; more than ``slot_dim`` of them cannot all be orthogonal."""
-        super().reset_parameters()
-        nn.init.orthogonal_(self.memory)
-
-
-class UnitLogits(GlobalWorkspace):
-    """Slots score tokens with logits of unit variance from the start, as with the rule 'additive'."""
-
-    def address(self, memory: Tensor) -> Tensor:
-        """What W_Q reads for the slots (M, D)."""
-        return 3 * rms_norm(memory)
-
-
-class FaintLogits(GlobalWorkspace):
-    """Slots score tokens with the small logits that rows of unit length give, whatever the rule."""
-
-    def address(self, memory: Tensor) -> Tensor:
-        """What W_Q reads for the slots (M, D)."""
-        return memory
 
 
 class RegisterViT(ViT):

@@ -18,7 +18,7 @@ import timm
 import torch
 from contenders import LoopedWorkspace
 from loop import Data, Settings, accuracy, predict
-from record import read_records, told, write_record
+from record import check_new, told, write_record
 from torch import nn
 
 from timm_ait import GlobalWorkspace
@@ -26,6 +26,7 @@ from timm_ait.card import batch_table
 from timm_ait.checkpoint import load_model
 
 BATCH_SIZES = (1, 7, 64, 512)
+RESULT = 'batch_sizes.json'
 
 
 def loop_heads(model: nn.Module) -> nn.Module:
@@ -100,9 +101,7 @@ def run(args: argparse.Namespace) -> None:
     arguments = {'table': args.table, 'test': args.test, 'weights': args.weights}
     if args.weights is None:
         arguments = tables.settings_of(args)
-    for path, record in read_records(args.out, ['arguments'], 'batch_sizes.json').items():
-        if record['arguments'] != arguments:
-            raise ValueError(f'{path} holds what was measured with other arguments; give another --out')
+    check_new(args.out / RESULT, arguments)
     training: dict[str, Any] = {}
     checkpoint = None
     if args.weights is None:
@@ -115,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     found = {'ours': measure(model, test, settings), "the authors' way": measure(authors, test, settings)}
     print(batch_table(found))
     results = {'seed': seed, 'batch_sizes': found, 'command': args.command, **training}
-    write_record(args.out / 'batch_sizes.json', arguments, results)
+    write_record(args.out / RESULT, arguments, results)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
 

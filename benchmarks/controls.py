@@ -6,8 +6,8 @@
 
 from typing import Any
 
-from memory import NoMemory
 from timm.models import register_model
+from variants import NoMemory
 
 from timm_ait import AssociativeTransformer
 from timm_ait.ait import ait_small_patch4_32, ait_tiny_conv4_32

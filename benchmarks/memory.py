@@ -14,54 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from loop import Settings, checksum, evaluate, fit, load
 from record import check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
-from torch import Tensor, nn
+from variants import ADDITIVE, IMAGE, NoMemory, WholeCopy, WideGain
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
 
-
-class NoMemory(GlobalWorkspace):
-    """The block without any memory: the LayerNorm on the output of the feed-forward part remains.
-
-    What no token reads is not trained: DistributedDataParallel would wait for it.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.linear_transform.requires_grad_(False)
-        if self.scale is not None:
-            self.scale.requires_grad_(False)
-
-    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
-        """Return ``h``."""
-        return h
-
-
-class WideGain(GlobalWorkspace):
-    """The gain on the retrieval starts at sqrt(D): what a token retrieves is then about as long as the token."""
-
-    def reset_parameters(self) -> None:
-        """Start from sqrt(D) and not from 1."""
-        super().reset_parameters()
-        nn.init.constant_(self.scale, self.slot_dim**0.5)
-
-
-class WholeCopy(GlobalWorkspace):
-    """A copy keeps what all its slots have read alike; only the memory that starts every copy is orthogonalised."""
-
-    def update(self, memory: Tensor, heads: Tensor) -> Tensor:
-        """The rule 'distinct' without centring and orthogonalisation: (M, D), (B, S, M, D) -> (B, M, D)."""
-        update = self.write_norm(self.proj(heads.transpose(-3, -2).flatten(-2)) + memory)
-        new = torch.lerp(memory.expand_as(update), F.normalize(update, dim=-1), 1 - self.memory_decay)
-        return F.normalize(new, dim=-1)
-
-
 FROZEN: dict[str, Any] = dict(write_mode='never', write_rule='distinct')
-IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_decay=0.5)
-ADDITIVE: dict[str, Any] = dict(write_rule='additive', write_scope='image')
 VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
     'none': (NoMemory, dict(write_mode='never')),
     'wider_mlp': (NoMemory, dict(write_mode='never', mlp_ratio=3.375)),  # as many trained parameters as 'additive'

@@ -48,9 +48,29 @@ def write_record(path: Path, arguments: dict[str, Any], results: dict[str, Any])
         arguments: Arguments of the script; plain values or paths.
         results: Plain values by name.
     """
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
-    record = {**environment(), 'arguments': arguments, **results}
+    record = {**environment(), 'arguments': _plain(arguments), **results}
     write_whole(path, lambda file: file.write(f'{json.dumps(record, indent=1)}\n'.encode()))
+
+
+def check_new(path: Path, arguments: dict[str, Any]) -> None:
+    """Check that a result would not be written over an older one.
+
+    Args:
+        path: Of the JSON file.
+        arguments: Of the script, as they will stand in it.
+
+    Raises:
+        ValueError: If there is such a file.
+    """
+    for record in read_records(path.parent, ['arguments'], path.name).values():
+        kind = 'these arguments; remove it' if record['arguments'] == _plain(arguments) else 'other arguments; keep it'
+        raise ValueError(f'{path} holds what was measured with {kind}, or give another --out')
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as JSON keeps them: paths are strings, and tuples are lists."""
+    kept = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+    return dict(json.loads(json.dumps(kept)))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -30,12 +30,12 @@ from measure import (
     table,
     time_sides,
 )
-from memory import ADDITIVE, IMAGE
-from record import check_device, environment, positive, read_records, told, write_record
+from record import check_device, check_new, environment, positive, told, write_record
 from timm.layers import Attention, use_fused_attn
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
+from variants import ADDITIVE, IMAGE
 
 from timm_ait import GlobalWorkspace
 
@@ -279,12 +279,9 @@ def main(argv: list[str] | None = None) -> None:
 def run_all(args: Args) -> None:
     """Measure all rows."""
     stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
-    arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
-    del arguments['out']
+    arguments = {key: value for key, value in vars(args).items() if key != 'out'}
     arguments['fused_attention'] = use_fused_attn() > 0  # TIMM_FUSED_ATTN
-    for path, record in read_records(args.out, ['rows'], f'{stem.name}.json').items():
-        kind = 'these arguments; remove it' if record['arguments'] == arguments else 'other arguments; keep it'
-        raise ValueError(f'{path} holds what was measured with {kind}, or give another --out')
+    check_new(stem.with_suffix('.json'), arguments)
     torch.manual_seed(0)
     keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []

@@ -20,10 +20,10 @@ from typing import Any
 import timm
 import torch
 from loop import Settings, evaluate, fit, load
-from memory import IMAGE
-from record import positive, told, write_record
+from record import check_new, positive, told, write_record
 from safetensors.torch import save_file
 from torch import Tensor
+from variants import IMAGE
 
 import timm_ait  # noqa: F401  registers the models
 
@@ -84,6 +84,9 @@ def main(argv: list[str] | None = None) -> None:
 def run_all(args: argparse.Namespace) -> None:
     """Read the images, compare, and write the result before the checkpoints go."""
     torch.set_num_threads(args.threads)
+    result = args.out / 'upcycle.json'
+    arguments = {key: value for key, value in vars(args).items() if key != 'data'}
+    check_new(result, arguments)
     start = time.monotonic()
     first = load(args.data / 'train', 0, args.pretrain_images)
     second = load(args.data / 'train', args.pretrain_images, args.finetune_images)
@@ -91,8 +94,7 @@ def run_all(args: argparse.Namespace) -> None:
     results = compare(first, second, test, args)
     for name, values in results['finetuned'].items():
         print(f'{name}: {statistics.mean(values):.2f} % ({", ".join(f"{x:.2f}" for x in values)})')
-    arguments = {key: value for key, value in vars(args).items() if key != 'data'}
-    write_record(args.out / 'upcycle.json', arguments, {**results, 'seconds': round(time.monotonic() - start)})
+    write_record(result, arguments, {**results, 'seconds': round(time.monotonic() - start)})
     shutil.rmtree(args.out / 'upcycle')
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import memories
 from torch import Tensor, nn
+from variants import NoMemory
 
 from timm_ait import GlobalWorkspace
 
@@ -219,7 +220,7 @@ def test_the_control_without_memory_differs_in_the_memory_alone() -> None:
         if name == ablations.REGISTERS or name.endswith('_no_memory'):
             assert control is None
         else:
-            assert ablations.ABLATIONS[control].layer is ablations.NoMemory
+            assert ablations.ABLATIONS[control].layer is NoMemory
             assert ('no_attention' in name) == ('no_attention' in control)
 
 

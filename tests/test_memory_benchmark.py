@@ -12,6 +12,7 @@ import runs
 import timm
 import torch
 import torch.nn.functional as F
+import variants
 from models import memories
 from photographs import write_noise
 from runs import count_parameters
@@ -52,7 +53,7 @@ def test_without_attention_and_memory_no_token_sees_another_and_a_memory_of_the_
 
 
 def test_no_memory_is_the_layer_norm_of_the_feed_forward_part() -> None:
-    layer = memory.NoMemory(5, 7, num_slots=2, slot_dim=3, write_heads=1, write_mode='never')
+    layer = variants.NoMemory(5, 7, num_slots=2, slot_dim=3, write_heads=1, write_mode='never')
     x = torch.randn(2, 3, 5)
     torch.testing.assert_close(layer(x), layer.norm(layer.fc2(F.gelu(layer.fc1(x)))))
 
@@ -75,9 +76,8 @@ def test_the_control_for_train_py_is_the_model_without_memory() -> None:
 
 def test_a_whole_copy_keeps_what_all_slots_read_alike_and_the_memory_that_starts_it_stays_orthogonal() -> None:
     torch.manual_seed(0)
-    layers = [
-        cls(8, num_slots=4, slot_dim=6, write_heads=2, **memory.IMAGE) for cls in (memory.WholeCopy, GlobalWorkspace)
-    ]
+    classes = (variants.WholeCopy, GlobalWorkspace)
+    layers = [cls(8, num_slots=4, slot_dim=6, write_heads=2, **variants.IMAGE) for cls in classes]
     layers[1].load_state_dict(layers[0].state_dict())
     alike = torch.randn(3, 2, 1, 6).expand(-1, -1, 4, -1)  # what the slots of three images read
     whole, distinct = (layer.update(layer.memory, alike) for layer in layers)

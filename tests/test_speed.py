@@ -14,12 +14,12 @@ import timm
 import torch
 from contenders import LoopedWorkspace, vit_like
 from measure import Row, Side, compare_bytes, peak_bytes, table, time_sides
-from memory import ADDITIVE, IMAGE
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from variants import ADDITIVE, IMAGE
 
 from timm_ait import GlobalWorkspace, NormalizedPatchEmbed
 

@@ -200,7 +200,7 @@ def test_the_file_of_a_vit_must_have_the_hash_of_the_hub(vit_hub: LoopbackHub, c
 
 
 def test_the_comparison_with_the_vit_records_all_and_goes_on_after_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split, count in (('train', 3), ('test', 2)):
         write_noise(tmp_path / split, range(10), count)
@@ -213,16 +213,21 @@ def test_the_comparison_with_the_vit_records_all_and_goes_on_after_a_stop(
     tables_checkpoint.parent.mkdir(parents=True)
     tables_checkpoint.touch()
     run()
-    record = json.loads((tmp_path / 'out' / 'upcycle.json').read_text())
+    result = tmp_path / 'out' / 'upcycle.json'
+    record = json.loads(result.read_text())
     assert not (tmp_path / 'out' / 'upcycle').exists()
     assert tables_checkpoint.exists()
+    with pytest.raises(SystemExit):
+        run()
+    assert 'holds what was measured with these arguments; remove it' in capsys.readouterr().err
+    result.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(upcycle, 'evaluate', Mock(side_effect=[0.0, 0.0, 0.0, KeyboardInterrupt]))
         with pytest.raises(KeyboardInterrupt):
             run()
     assert {path.stem for path in (tmp_path / 'out' / 'upcycle').iterdir()} == {'vit', 'vit-1'}
     run()
-    assert json.loads((tmp_path / 'out' / 'upcycle.json').read_text())['finetuned'] == record['finetuned']
+    assert json.loads(result.read_text())['finetuned'] == record['finetuned']
     assert {record[f'{name} at the start'] for name in upcycle.STARTS} == {record['vit']}  # what the ViT computes
     assert {name: len(values) for name, values in record['finetuned'].items()} == dict.fromkeys(upcycle.STARTS, 2)
     assert {'cpu', 'torch', 'timm', 'commit', 'arguments', 'seconds'} <= record.keys()

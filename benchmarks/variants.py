@@ -1,0 +1,93 @@
+"""Workspaces with one part changed, each through the methods that a workspace has for that.
+
+:data:`IMAGE` and :data:`ADDITIVE` are the keywords of the two memories that each image has of its own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_ait import GlobalWorkspace
+from timm_ait.layers import rms_norm
+
+IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_decay=0.5)
+ADDITIVE: dict[str, Any] = dict(write_rule='additive', write_scope='image')
+
+
+class NoMemory(GlobalWorkspace):
+    """The block without any memory: the LayerNorm on the output of the feed-forward part remains.
+
+    What no token reads is not trained: DistributedDataParallel would wait for it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.linear_transform.requires_grad_(False)
+        if self.scale is not None:
+            self.scale.requires_grad_(False)
+
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        """Return ``h``."""
+        return h
+
+
+class WideGain(GlobalWorkspace):
+    """The gain on the retrieval starts at sqrt(D): what a token retrieves is then about as long as the token."""
+
+    def reset_parameters(self) -> None:
+        """Start from sqrt(D) and not from 1."""
+        super().reset_parameters()
+        nn.init.constant_(self.scale, self.slot_dim**0.5)
+
+
+class WholeCopy(GlobalWorkspace):
+    """A copy keeps what all its slots have read alike; only the memory that starts every copy is orthogonalised."""
+
+    def update(self, memory: Tensor, heads: Tensor) -> Tensor:
+        """The rule 'distinct' without centring and orthogonalisation: (M, D), (B, S, M, D) -> (B, M, D)."""
+        update = self.write_norm(self.proj(heads.transpose(-3, -2).flatten(-2)) + memory)
+        new = torch.lerp(memory.expand_as(update), F.normalize(update, dim=-1), 1 - self.memory_decay)
+        return F.normalize(new, dim=-1)
+
+
+class CrossAttentionRead(GlobalWorkspace):
+    """Tokens read the memory by attention with projections, in ``write_heads`` heads, and not by Hopfield retrieval."""
+
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        """``h + attention(h, gamma)``: (B, N, E)."""
+        return h + self.cross_attention(h, memory.to(h.dtype).expand(len(h), -1, -1))  # (M, D) -> (B, M, D)
+
+
+class ResetMemory(GlobalWorkspace):
+    """The memory starts anew with every epoch."""
+
+    def start_epoch(self) -> None:
+        """Forget; `loop.py` calls this."""
+        self.reset_memory()
+
+
+class OrthogonalMemory(GlobalWorkspace):
+    """The memory starts with orthogonal slots."""
+
+    def reset_parameters(self) -> None:
+        """Start from orthogonal slots; more than ``slot_dim`` of them cannot all be orthogonal."""
+        super().reset_parameters()
+        nn.init.orthogonal_(self.memory)
+
+
+class UnitLogits(GlobalWorkspace):
+    """Slots score tokens with logits of unit variance from the start, as with the rule 'additive'."""
+
+    def address(self, memory: Tensor) -> Tensor:
+        """What W_Q reads for the slots (M, D)."""
+        return 3 * rms_norm(memory)
+
+
+class FaintLogits(GlobalWorkspace):
+    """Slots score tokens with the small logits that rows of unit length give, whatever the rule."""
+
+    def address(self, memory: Tensor) -> Tensor:
+        """What W_Q reads for the slots (M, D)."""
+        return memory
