@@ -4,7 +4,8 @@
     python benchmarks/heads.py DIR --model ait_medium --checkpoint output/own/model_best.pth.tar --output heads.png
 
 For each head: the smallest share of the tokens that holds 90 % of the attention, a mean over queries and images. The
-paper sorts heads into three groups by it: at most 50 % of the tokens, under 80 %, and the rest.
+paper sorts heads into three groups by it: at most 50 % of the tokens, under 80 %, and the rest. The shares stand in a
+JSON file beside the picture.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 import timm
 import torch
 from loop import sample_folder
-from record import positive, told
+from record import positive, told, write_record
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -110,7 +111,7 @@ def draw(path: Path, shares: dict[str, Tensor], title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table and draw the figure."""
+    """Print the table, draw the figure, and write the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', help='of images, one folder a class')
     parser.add_argument('--model', default='vit_base_patch16_224')
@@ -132,6 +133,9 @@ def main(argv: list[str] | None = None) -> None:
         shares = head_shares(model.to(args.device), (images.to(args.device) for images, _ in loader))
         print_table(shares)
         draw(args.output, shares, f'{args.model}, {len(chosen)} images')
+        arguments = {key: value for key, value in vars(args).items() if key not in ('folder', 'output')}
+        results = {'shares': {name: layer.tolist() for name, layer in shares.items()}}
+        write_record(args.output.with_suffix('.json'), arguments, results)
 
 
 if __name__ == '__main__':

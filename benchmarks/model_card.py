@@ -15,7 +15,7 @@ import timm
 from timm.models import PretrainedCfg
 
 from timm_ait.ait import default_cfgs
-from timm_ait.card import BATCHES, CITATION, HOW_COUNTED, batch_table, count_cost, metadata, usage
+from timm_ait.card import CITATION, HOW_COUNTED, batch_section, count_cost, metadata, usage
 from timm_ait.convert import choose_layers
 
 ROOT = Path(__file__).parents[1]
@@ -234,7 +234,7 @@ def _comparison() -> str:
         if heading.startswith('cifar10') and 'ait' in compared and len(compared) > 1:
             parts.append(f'Trained from scratch, {heading}:\n\n{tables.format_table(compared)}')
     if parts:
-        note = '`vit_small` is a ViT of the width and depth above. A difference whose interval holds zero is not shown.'
+        note = '`vit_small` is a ViT of the width and depth above. An interval that holds zero shows no difference.'
         parts.append(note)
     return '\n\n'.join(parts)
 
@@ -244,7 +244,7 @@ def _batch_sizes() -> str:
         return ''
     record = json.loads(BATCH_SIZES.read_text())
     origin = f'`{record["command"]}` at commit `{record["commit"]}`, {record["cpu"]}'
-    return f'{BATCHES}\n\n{batch_table(record["batch_sizes"])}\n\n{origin}'
+    return f'{batch_section(record["batch_sizes"])}\n\n{origin}'
 
 
 if __name__ == '__main__':

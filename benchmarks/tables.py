@@ -28,8 +28,10 @@ from loop import Data, Run, Settings, checksum, evaluate, fit, load
 from record import check_device, check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
 from timm.optim import list_optimizers
+from timm.utils import ParseKwargs
 from torch import nn
 
+from timm_ait.arguments import WORKSPACE_ARGS
 from timm_ait.datasets import AssociativeRecall, SortOfClevr, Triangle
 from timm_ait.sort_of_clevr import KINDS
 
@@ -108,7 +110,8 @@ SETTINGS = (
     *('batch_size', 'lr', 'weight_decay', 'bfloat16'),
 )
 RESULT = ('row', 'seed', 'top1', 'parameters', 'arguments', 'log')
-WHERE_GIVEN = ('heads', 'num_slots', 'opt', 'turn')  # later settings: results without them keep their names
+# Later settings: results without them keep their names.
+WHERE_GIVEN = ('heads', 'num_slots', 'opt', 'turn', 'model_kwargs')
 OF_ONE_TABLE = {'sort_of_clevr': ('questions',), 'recall': ('grid', 'pairs', 'joined')}
 
 
@@ -137,6 +140,7 @@ def create(row: str, args: argparse.Namespace) -> nn.Module:
         pos_embed=args.pos_embed,
         head=args.head,
         **{name: size for name, size in sizes.items() if size is not None},
+        **args.model_kwargs,
     )
 
 
@@ -291,6 +295,14 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument('--mlp-ratio', type=float)
     parser.add_argument('--heads', type=int, help='of self-attention, with --width; by default one for 64 of it')
     parser.add_argument('--num-slots', type=int, help="of the memory; by default each row's own")
+    parser.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='KEY=VALUE',
+        help='of the workspaces, for rows of AiT, for instance bottleneck=64 beta=2',
+    )
     parser.add_argument('--head', choices=baselines.HEADS, help="what the classifier reads; the table's own by default")
     parser.add_argument('--pos-embed', action=argparse.BooleanOptionalAction, help='whether tokens have positions')
     parser.add_argument('--epochs', type=int, default=10)
@@ -320,6 +332,14 @@ def complete(args: argparse.Namespace, argv: list[str] | None, script: str = 'ta
         if args.num_slots < 1 or without:
             got = f'{", ".join(without)}, without slots' if without else args.num_slots
             raise ValueError(f'--num-slots must be at least 1, for --rows that have slots; got {got}')
+    for row in args.rows if args.model_kwargs else ():
+        fixed = ablations.ABLATIONS[row].args if row in ablations.ABLATIONS else WORKSPACE_ARGS
+        free = [name for name in WORKSPACE_ARGS if name not in fixed and name != 'num_slots']
+        wrong = [name for name in args.model_kwargs if name not in free]
+        if wrong:
+            raise ValueError(
+                f'--model-kwargs of {row} may be {", ".join(free) or "none, as it is no AiT"}; got {", ".join(wrong)}'
+            )
     check_device(args.device)
     if args.turn and (args.table != 'sort_of_clevr' or args.questions != 'binary'):
         raise ValueError('--turn is for sort_of_clevr --questions binary: other answers change as the scene turns')

@@ -130,6 +130,8 @@ def test_an_unknown_keyword_is_a_type_error_that_names_it(layout: str) -> None:
         ('paper', dict(img_size=(32, 31)), r'got \(32, 31\) and .*; the nearest sizes below are \(32, 24\)'),
         ('paper', dict(dynamic_img_size=True), r"'flatten' needs a fixed .* got dynamic_img_size=True .* take .*'avg'"),
         ('paper', dict(patch_drop_rate=0.25), r"'flatten' needs a fixed .* and patch_drop_rate=0.25; .* take .*'avg'"),
+        ('paper', dict(global_pool='bogus'), r"one of \['', 'avg', .*'flatten', 'map', 'prr'\] .*, got 'bogus'"),
+        ('paper', dict(global_pool='token'), r"'max', 'flatten', 'map', 'prr'\] in this model, got 'token'"),
         ('vit', dict(mlp_layer=Mlp), 'mlp_layer is fixed here; take attention=, or set workspace_layer in a subclass'),
         ('vit', dict(block_fn=Block), 'block_fn is fixed here'),
         ('paper', dict(dynamic_img_size=True, global_pool='avg'), 'takes images of one size: leave dynamic_img_size'),

@@ -1,5 +1,6 @@
 """The script that says how many tokens a head attends to."""
 
+import json
 from pathlib import Path
 
 import heads
@@ -81,3 +82,7 @@ def test_it_prints_a_row_a_layer_and_draws_the_groups(tmp_path: Path, capsys: py
     assert all(sum(map(int, row[1:4])) == 4 for row in rows[:-1])
     assert [int(x) for x in rows[-1][1:4]] == [sum(int(row[i]) for row in rows[:-1]) for i in (1, 2, 3)]
     assert picture.read_bytes().startswith(b'\x89PNG')
+    record = json.loads(picture.with_suffix('.json').read_text())
+    assert list(record['shares']) == [row[0] for row in rows[:-1]]
+    assert {len(shares) for shares in record['shares'].values()} == {4}
+    assert record['arguments']['model'] == 'test_ait'

@@ -142,6 +142,16 @@ def test_a_comparison_has_a_row_for_each_result_that_is_given(tmp_path: Path) ->
     assert f'{table}| {NAME} | 0.67 | 71.5 |  |\n| ViT | 0.66 | 70.25 | 97.5 |\n' in card
 
 
+def test_a_card_says_how_its_results_were_measured(tmp_path: Path) -> None:
+    (tmp_path / 'mine.json').write_text(json.dumps({'top1': 71.5}))
+    options: dict[str, Any] = dict(results=tmp_path / 'mine.json')
+    assert 'Measured with' not in export(tmp_path / 'one', options=options)
+    options['measured'] = '`validate.py --pretrained` on one core'
+    assert '- top-1 accuracy, %: 71.50\n\nMeasured with `validate.py --pretrained` on one core.' in export(
+        tmp_path / 'two', options=options
+    )
+
+
 def test_a_card_shows_the_accuracy_at_each_batch_size_of_the_evaluation(tmp_path: Path) -> None:
     ways = {'ours': {'1': {'top1': 70.5, 'difference': 0.0}, '64': {'top1': 70.5, 'difference': 1e-6}}}
     (tmp_path / 'sizes.json').write_text(json.dumps({'batch_sizes': ways}))

@@ -6,7 +6,8 @@ from .hopfield import HopfieldRetrieval, hopfield_energy
 from .memory import load_memory, save_memory
 from .relational import RelationalTransformer  # and registers the models
 from .report import BlockReport, format_report, memory_report
-from .transformer import AssociativeBlock, AssociativeTransformer, AttentionFreeBlock, NormalizedPatchEmbed
+from .stems import NormalizedPatchEmbed
+from .transformer import AssociativeBlock, AssociativeTransformer, AttentionFreeBlock
 from .workspace import GlobalWorkspace
 
 __version__ = '0.2.0.dev0'

@@ -3,7 +3,6 @@
 Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv.org/abs/2309.12862
 """
 
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,13 @@ from timm.data import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
-from timm.layers import ConvNormAct, HybridEmbed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from .convert import fit_pretrained
 from .pretrained import fetch_weights, packaged, resolve_cfg
-from .transformer import AssociativeTransformer, NormalizedPatchEmbed, check_divisible
+from .stems import ConvEmbed, NormalizedPatchEmbed
+from .transformer import AssociativeTransformer
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -165,25 +164,6 @@ def _paper(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
 _TEST = dict(embed_dim=128, num_heads=4, mlp_ratio=2.0, num_slots=16, slot_dim=16, write_heads=4)
 
 
-class _ConvEmbed(HybridEmbed):
-    """Convolutions of 3x3 with norm and GELU, (B, C, H, W) -> (B, 256, H/4, W/4), and then patches of these."""
-
-    def __init__(
-        self, img_size: int | tuple[int, int], patch_size: int | tuple[int, int], in_chans: int, **kwargs: Any
-    ) -> None:
-        p, q = to_2tuple(patch_size)
-        check_divisible(img_size, (4 * p, 4 * q), kwargs.get('dynamic_img_pad', False))
-        dd = {name: kwargs[name] for name in ('device', 'dtype') if name in kwargs}
-        sizes = ((in_chans, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2))  # channels in and out, stride
-        stem = nn.Sequential(*[ConvNormAct(i, o, 3, stride, act_layer=nn.GELU, **dd) for i, o, stride in sizes])
-        super().__init__(stem, img_size, patch_size, in_chans=in_chans, **kwargs)
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """The grid of patches of images of this size. The convolutions round up, and timm's counterpart down."""
-        h, w = img_size
-        return super().dynamic_feat_size((math.ceil(h / 4) * 4, math.ceil(w / 4) * 4))
-
-
 @register_model
 def ait_small(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Small in ViT-B/16 layout: depth 2."""
@@ -253,7 +233,7 @@ def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTra
         mlp_ratio=2,
         class_token=False,
         global_pool='avg',
-        embed_layer=_ConvEmbed,
+        embed_layer=ConvEmbed,
         write_rule='distinct',
         write_scope='image',
         write_heads=4,

@@ -4,7 +4,7 @@ import json
 import math
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -17,7 +17,7 @@ from .pretrained import HUB_ORGANISATION, sha256_of
 from .relational import RelationalTransformer
 from .transformer import AssociativeTransformer
 
-__all__ = ['batch_table', 'count_cost', 'default_repo', 'metadata', 'usage', 'write_card']
+__all__ = ['Results', 'batch_section', 'batch_table', 'count_cost', 'default_repo', 'metadata', 'usage', 'write_card']
 
 # The arguments of train.py that make a recipe. Paths, names and switches of the machine are private and left out.
 RECIPE = (
@@ -30,7 +30,6 @@ RECIPE = (
     'drop drop_path bce_loss model_ema model_ema_decay model_ema_warmup seed'
 ).split()
 ARGUMENTS = 'args.yaml'
-BATCHES = 'By the batch size of the evaluation, and with the same weights as the authors compute them:'
 METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %', 'metric': 'metric of the training run'}
 MODES = {1: 'L', 3: 'RGB'}  # of an image file, by the channels of a model
 aten = torch.ops.aten
@@ -158,31 +157,43 @@ def count_cost(model: VisionTransformer) -> tuple[float, float]:
     return found[0] / 2e9, found[1] / 1e6
 
 
+class Results(NamedTuple):
+    """What was measured of a model.
+
+    Attributes:
+        facts: Metrics by the names that validate.py and train.py use.
+        dataset: Name of the data set that they were measured on.
+        measured: How and where: a command, and a machine.
+        others: Metrics of other models to compare with, by their names.
+        batch_sizes: What benchmarks/batch_sizes.py measured, or nothing.
+    """
+
+    facts: dict[str, Any]
+    dataset: str
+    measured: str
+    others: dict[str, dict[str, Any]]
+    batch_sizes: dict[str, dict[str, Any]]
+
+
 def write_card(
     folder: Path,
     model: AssociativeTransformer,
-    facts: dict[str, Any],
     args: dict[str, Any],
-    dataset: str,
+    found: Results,
     weights: str,
     commit: str,
     version: str,
-    others: dict[str, dict[str, Any]],
-    batch_sizes: dict[str, dict[str, Any]],
 ) -> None:
     """Write README.md beside config.json and the weights, and args.yaml if a run of train.py is known.
 
     Args:
         folder: Folder of the weights.
         model: The model that holds them.
-        facts: Metrics by the names that validate.py and train.py use.
         args: Arguments of train.py.
-        dataset: Name of the data set that the metrics were measured on.
+        found: What was measured of it.
         weights: Says which weights of the run these are, averaged or not.
         commit: Commit of the code that trained them, '' if it is not known.
         version: Version of the code that writes the card.
-        others: Metrics of other models to compare with, by their names.
-        batch_sizes: What benchmarks/batch_sizes.py measured for these weights, or nothing.
     """
     config = json.loads((folder / 'config.json').read_text())
     if str(args.get('model')).startswith('local-dir:'):  # a path
@@ -192,7 +203,6 @@ def write_card(
         (folder / ARGUMENTS).write_text(recipe)
         recipe = f"Arguments of timm's train.py, also in {ARGUMENTS}:\n\n```yaml\n{recipe}```"
     macs, activations = count_cost(model)
-    by_batch = f'{BATCHES}\n\n{batch_table(batch_sizes)}' if batch_sizes else ''
     files = sorted(path for path in folder.iterdir() if path.name != 'README.md')
     body = BODY.format(
         name=folder.name,
@@ -203,11 +213,11 @@ def write_card(
         activations=activations,
         size='x'.join(map(str, model.patch_embed.img_size)),
         classes=model.num_classes,
-        trained_on=f'- **Data set:** {dataset}\n' if dataset else '',
+        trained_on=f'- **Data set:** {found.dataset}\n' if found.dataset else '',
         how_counted=HOW_COUNTED,
         use=usage(model, f'hf-hub:{default_repo(folder)}'),
         results='\n\n'.join(
-            filter(None, (_results(facts, dataset), _comparison(folder.name, facts, others), by_batch))
+            filter(None, (_results(found), _comparison(folder.name, found), batch_section(found.batch_sizes)))
         ),
         recipe=recipe or 'No recipe is given.',
         weights=weights,
@@ -218,7 +228,8 @@ def write_card(
         torch=torch.__version__,
         citation=CITATION,
     )
-    accuracies = [(dataset, 'top-1 accuracy', facts['top1'])] if dataset and 'top1' in facts else []
+    has_accuracy = found.dataset and 'top1' in found.facts
+    accuracies = [(found.dataset, 'top-1 accuracy', found.facts['top1'])] if has_accuracy else []
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
     head = metadata(folder.name, accuracies, config['pretrained_cfg'].get('license', 'apache-2.0'), task)
     (folder / 'README.md').write_text(f'---\n{head}\n---\n{body}')
@@ -260,6 +271,14 @@ def metadata(
     return str(data.to_yaml())
 
 
+def batch_section(found: dict[str, dict[str, Any]]) -> str:
+    """Write :func:`batch_table` with a sentence before it; '' if nothing was measured."""
+    if not found:
+        return ''
+    others = ', and with the same weights as the authors compute them' if len(found) > 1 else ''
+    return f'By the batch size of the evaluation{others}:\n\n{batch_table(found)}'
+
+
 def batch_table(found: dict[str, dict[str, Any]]) -> str:
     """Write what benchmarks/batch_sizes.py has measured: a row for each way, a column for each batch size."""
     sizes = list(next(iter(found.values())))
@@ -299,20 +318,22 @@ def usage(model: AssociativeTransformer, name: str) -> str:
     )
 
 
-def _results(facts: dict[str, Any], dataset: str) -> str:
-    lines = [f'- {METRICS[key]}: {facts[key]:.2f}' for key in METRICS if key in facts]
+def _results(found: Results) -> str:
+    lines = [f'- {METRICS[key]}: {found.facts[key]:.2f}' for key in METRICS if key in found.facts]
     if not lines:
         return 'No results are given.'
-    return '\n'.join([f'On {dataset or "an unnamed data set"}:', '', *lines])
+    how = ['', f'Measured with {found.measured}.'] if found.measured else []
+    return '\n'.join([f'On {found.dataset or "an unnamed data set"}:', '', *lines, *how])
 
 
-def _comparison(name: str, facts: dict[str, Any], others: dict[str, dict[str, Any]]) -> str:
+def _comparison(name: str, found: Results) -> str:
     """Write a table of this model and others, with what validate.py wrote of each; '' without others."""
-    if not others:
+    if not found.others:
         return ''
     columns = {'param_count': 'parameters, M', 'top1': 'top-1, %', 'top5': 'top-5, %'}
     rows = [['model', *columns.values()], ['---'] * 4]
-    rows += [[which, *(str(one.get(key, '')) for key in columns)] for which, one in {name: facts, **others}.items()]
+    for which, one in {name: found.facts, **found.others}.items():
+        rows.append([which, *(str(one.get(key, '')) for key in columns)])
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 

@@ -63,7 +63,7 @@ DECIDED_BY = {
     r'^(cls|reg)_token$': 'class_token, reg_tokens',
     r'^(norm|fc_norm)\.': 'global_pool, fc_norm, final_norm',
     r'^question_embed\.': 'question_dim',
-    r'^attn_pool\.': 'global_pool',
+    r'^attn_pool\.': "global_pool='map' or 'prr'",
 }
 # The parameters of a workspace that a ViT does not have. Both have fc1 and fc2.
 WORKSPACE_KEYS = re.compile(r'blocks\.\d+\.mlp\.(?!fc[12]\.).+')

@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 from timm.utils import ParseKwargs
 
 from timm_ait import AssociativeTransformer, __version__
-from timm_ait.card import default_repo, write_card
+from timm_ait.card import Results, default_repo, write_card
 from timm_ait.checkpoint import build_model, read_checkpoint
 from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
 from timm_ait.publish import listing, publish, push
@@ -43,6 +43,7 @@ def export(
     commit: str = '',
     compare: dict[str, str] | None = None,
     batch_sizes: Path | None = None,
+    measured: str = '',
 ) -> Path:
     """Write a folder as the Hub holds it. It is written whole or not at all, and loads back bit for bit.
 
@@ -58,6 +59,7 @@ def export(
         commit: Commit of the code that trained the model, for the card.
         compare: Names of other models, for instance a control without memory, and their JSON of validate.py.
         batch_sizes: JSON of benchmarks/batch_sizes.py for these weights.
+        measured: How and where the results were measured, for the card.
 
     Raises:
         ValueError: If the checkpoint does not fit the model, or if the folder exists.
@@ -71,9 +73,13 @@ def export(
     large = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
     if large:
         raise ValueError(f'{large[0]} of {checkpoint} has values beyond the range of {dtype}; take bfloat16 or float32')
-    facts = {**read.facts, **_read_results(results)}
-    others = {name: _read_results(Path(path)) for name, path in (compare or {}).items()}
-    by_batch = _read_results(batch_sizes).get('batch_sizes', {})
+    found = Results(
+        {**read.facts, **_read_results(results)},
+        dataset,
+        measured,
+        others={name: _read_results(Path(path)) for name, path in (compare or {}).items()},
+        batch_sizes=_read_results(batch_sizes).get('batch_sizes', {}),
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / folder.name
@@ -82,14 +88,11 @@ def export(
         write_card(
             made,
             model,
-            facts=facts,
-            args=read.args,
-            dataset=dataset,
+            read.args,
+            found,
             weights=weights,
             commit=commit,
             version=_code_version(),
-            others=others,
-            batch_sizes=by_batch,
         )
         _compare(model, made)
         made.rename(folder)
@@ -165,6 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add('--dtype', choices=DTYPES, default='float32')
     add('--results', type=Path, help='JSON of validate.py: --results-file FILE --results-format json')
     add('--dataset', default='', help="data set of the results, for instance 'CIFAR-10 (JPEG)'")
+    add('--measured', default='', help='how and where the results were measured: a command, and a machine')
     add('--compare', nargs='*', default={}, action=ParseKwargs, metavar='NAME=RESULTS', help='other models')
     add('--batch-sizes', type=Path, metavar='RESULTS', help='JSON of benchmarks/batch_sizes.py for these weights')
     add('--commit', default='', help='commit of the code that trained the model')

@@ -151,8 +151,8 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
         return None
     name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
     raise WeightsError(
-        f'no weights have been published for {name}: train it with a recipe of benchmarks/recipes; {OWN_FILE}; '
-        "or start from a ViT with timm.create_model('ait_vit_base_patch16_224', pretrained=True). "
+        f'no weights have been published for {name}: leave out pretrained=True and train it; {OWN_FILE}; '
+        "or, to classify images, start from a ViT with timm.create_model('ait_vit_base_patch16_224', pretrained=True). "
         "To list the published weights: timm.list_models(module='ait', pretrained=True)"
     )
 

@@ -10,8 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import PatchEmbed, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import checkpoint, register_notrace_module
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.utils import reparameterize_model
@@ -20,83 +19,22 @@ from torch import Tensor, nn
 from .arguments import WORKSPACE_ARGS
 from .balance import is_backward_running, plain, track
 from .fused import FusedWorkspace
-from .layers import OutputNorm, is_hooked, is_plain
+from .layers import is_hooked
 from .replay import snapshot
+from .stems import check_divisible
 from .workspace import GlobalWorkspace, MemoryWrite
 
 __all__ = [
     'AssociativeBlock',
     'AssociativeTransformer',
     'AttentionFreeBlock',
-    'NormalizedPatchEmbed',
-    'check_divisible',
 ]
 
 register_notrace_module(GlobalWorkspace)
 register_notrace_module(FusedWorkspace)
 
-POOLS = ('', 'avg', 'avgmax', 'max', 'token', 'flatten')  # what a model can change to; timm makes others at creation
-
-
-@register_notrace_module
-class NormalizedPatchEmbed(PatchEmbed):
-    """The paper's stem: cut into patches, LayerNorm over the raw patch, Linear, LayerNorm.
-
-    ``proj`` has the shape of a convolution, (E, C, P, P), so that timm can adapt it to other channel counts. A patch is
-    read in the same order, (C, P, P). The authors read (P, P, C): `convert.py` permutes their weights.
-    """
-
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] | None = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        bias: bool = True,
-        dynamic_img_pad: bool = False,
-        strict_img_size: bool = True,
-        output_fmt: str | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        if dynamic_img_pad or output_fmt is not None or not strict_img_size:
-            raise ValueError('NormalizedPatchEmbed takes images of one size: leave dynamic_img_size and _pad at False')
-        super().__init__(
-            img_size, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, bias=bias, device=device, dtype=dtype
-        )
-        patch_dim = in_chans * self.patch_size[0] * self.patch_size[1]
-        self.patch_norm = OutputNorm(patch_dim, device=device, dtype=dtype)
-
-    def set_input_size(
-        self,
-        img_size: int | tuple[int, int] | None = None,
-        patch_size: int | tuple[int, int] | None = None,
-    ) -> None:
-        """Change the image size. The patch size stays, since the norm over the pixels of a patch depends on it.
-
-        Raises:
-            ValueError: For another patch size.
-        """
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            raise ValueError(
-                f'the stem normalises patches of {self.patch_size}, got patch_size={patch_size}; '
-                'create the model with the patch size that you want'
-            )
-        super().set_input_size(img_size=img_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        if (H, W) != self.img_size:
-            raise ValueError(
-                f'expected images of {self.img_size}, got {(H, W)}; resize them or create the model with img_size='
-            )
-        x = F.unfold(x, kernel_size=self.patch_size, stride=self.patch_size)  # (B, C, H, W) -> (B, C*P*P, N)
-        x = self.patch_norm(x.transpose(1, 2))  # (B, C*P*P, N) -> (B, N, C*P*P)
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out a branch, but not half of a condition
-            if not is_plain(self.proj):
-                patches = x.reshape(-1, C, *self.patch_size)  # (B, N, C*P*P) -> (B*N, C, P, P)
-                return self.norm(self.proj(patches).view(B, x.shape[1], -1))  # (B*N, E, 1, 1) -> (B, N, E)
-        return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, C*P*P) -> (B, N, E)
+POOLS = ('', 'avg', 'avgmax', 'max', 'token', 'flatten')  # what a model can change to
+POOLS_AT_CREATION = (*POOLS, 'map', 'prr')
 
 
 class AssociativeBlock(Block):
@@ -229,6 +167,9 @@ class AssociativeTransformer(VisionTransformer):
         for name in ('block_fn', 'mlp_layer'):
             if name in vit_args:
                 raise ValueError(f'{name} is fixed here; take attention=, or set workspace_layer in a subclass')
+        pools = _pools(POOLS_AT_CREATION, vit_args.get('class_token', True))
+        if global_pool not in pools:
+            raise ValueError(f'global_pool must be one of {pools} in this model, got {global_pool!r}')
         flatten = global_pool == 'flatten'
         if flatten:
             _check_fixed_tokens(vit_args.get('dynamic_img_size', False), vit_args.get('patch_drop_rate', 0.0))
@@ -407,7 +348,7 @@ class AssociativeTransformer(VisionTransformer):
     def _check_pool(self, global_pool: str | None) -> None:
         if global_pool is None or global_pool == self.global_pool:
             return
-        pools = [pool for pool in POOLS if pool != 'token' or self.has_class_token]
+        pools = _pools(POOLS, self.has_class_token)
         if global_pool not in pools:
             raise ValueError(
                 f'global_pool must be one of {pools} in this model, got {global_pool!r}; create another one with '
@@ -437,14 +378,9 @@ def workspaces_in(module: nn.Module) -> Iterator[GlobalWorkspace]:
     return (part for part in module.modules() if isinstance(part, GlobalWorkspace))
 
 
-def check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], padded: bool) -> None:
-    """Raise ValueError unless patches of this size, in pixels of the image, fill it."""
-    (h, w), (p, q) = to_2tuple(img_size), to_2tuple(patch_size)
-    if not padded and (h % p or w % q):
-        raise ValueError(
-            f'img_size must be divisible by patch_size, got {(h, w)} and patches of {(p, q)} pixels; '
-            f'the nearest sizes below are {(h // p * p, w // q * q)}'
-        )
+def _pools(pools: tuple[str, ...], class_token: bool) -> list[str]:
+    """The poolings that a model with or without class token can have."""
+    return [pool for pool in pools if pool != 'token' or class_token]
 
 
 def _check_fixed_tokens(dynamic_img_size: bool, patch_drop_rate: float) -> None:

@@ -238,6 +238,7 @@ class GlobalWorkspace(nn.Module):
                 loss = self.balance_weight * load_balance_loss(selection, num_tokens=h.shape[-2])
             else:
                 loss = selection.gates.new_zeros(())
+            # NOTE the authors' write gets no gradient of the task: write_grad=False.
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.write_grad):
                 heads = self.attend(selection, h, values)
                 new = self.update(memory, heads)
@@ -328,7 +329,8 @@ class GlobalWorkspace(nn.Module):
         """
         heads = self._centre(heads)
         # NOTE the authors concatenate the heads interleaved, (D, S); here W_O reads (S, D), as multi-head
-        # attention does elsewhere. `convert.py` permutes their columns.
+        # attention does elsewhere. `convert.py` permutes their columns. They also drop out a tenth of W_O's output; the
+        # ranks of a distributed training would then have memories that differ.
         new = call_wide(self.proj, heads.transpose(-3, -2).flatten(-2)) + memory  # (..., M, S*D) -> (..., M, D)
         if self.write_rule != 'additive':
             new = self._average(memory, call_wide(self.write_norm, new))
@@ -371,6 +373,7 @@ class GlobalWorkspace(nn.Module):
 
         A write leaves such rows. The first random memory has others, and so has a mean of several (weight averaging).
         """
+        # NOTE the authors read what is stored: random rows until the first write.
         return F.normalize(self.memory, dim=-1)
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
@@ -422,7 +425,7 @@ class GlobalWorkspace(nn.Module):
                     memory = torch.where(memory.any(), memory, write.before)  # zeros, where no rank has an image
                 memory = F.normalize(memory, dim=-1)
                 memory = orthogonalise(memory) if self.write_rule == 'distinct' else memory
-            elif has_other_ranks:
+            elif has_other_ranks:  # NOTE the authors' DataParallel keeps the write of one replica
                 memory = self.update(write.before, merge_ranks(write.heads, write.lse, self.process_group))
             self.memory.copy_(memory)
             self.replay.note(write.before, write.balance_loss, x, is_automatic=self.adds_balance_loss())
@@ -431,6 +434,7 @@ class GlobalWorkspace(nn.Module):
         """Whether a forward would write, in the present mode."""
         if self.write_mode == 'always':
             return True
+        # NOTE the authors write in evaluation too: write_mode='always'.
         return self.training and self.write_mode == 'train' and not self._is_frozen()
 
     def _is_frozen(self) -> bool:
