@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from timm_ait import AssociativeBlock, GlobalWorkspace, NormalizedPatchEmbed
+from timm_ait import AssociativeBlock, AssociativeTransformer, GlobalWorkspace, NormalizedPatchEmbed
 
 # Sizes and names
 
@@ -293,7 +293,13 @@ def test_the_balance_loss_is_summed_over_blocks_weighted_and_plain() -> None:
 @LAYOUTS
 @pytest.mark.parametrize(
     'kwargs',
-    [{}, dict(write_grad=False), dict(write_mode='never'), dict(proj_drop_rate=0.2, drop_path_rate=0.2)],
+    [
+        {},
+        dict(write_grad=False),
+        dict(write_mode='never'),
+        dict(init_values=0.1),
+        dict(proj_drop_rate=0.2, drop_path_rate=0.2),
+    ],
     ids=str,
 )
 def test_checkpointing_writes_once_and_changes_nothing(layout: str, kwargs: dict[str, Any]) -> None:
@@ -327,6 +333,39 @@ def test_checkpointing_in_evaluation_changes_nothing(mode: str) -> None:
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad)
     assert torch.equal(twin(images()), model(images()))
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(write_scope='image')], ids=str)
+@pytest.mark.parametrize('modes', [(False, True), (True, False), (False, True, False)], ids=str)
+def test_checkpointing_repeats_a_block_in_the_mode_and_with_the_memory_of_its_forward(
+    kwargs: dict[str, Any], modes: tuple[bool, ...]
+) -> None:
+    grads = []
+    for enable in (False, True):
+        model = make_model(proj_drop_rate=0.2, **kwargs)
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(2)
+        losses = [F.cross_entropy(model.train(mode)(images(seed=i)), torch.arange(3)) for i, mode in enumerate(modes)]
+        sum(losses).backward()
+        assert {module.training for module in model.modules()} == {modes[-1]}
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_checkpointing_calls_a_layer_whose_forward_is_its_own() -> None:
+    class Doubled(GlobalWorkspace):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Model(AssociativeTransformer):
+        workspace_layer = Doubled
+
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = Model(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2).train(training)
+        twin = copy.deepcopy(model)
+        twin.set_grad_checkpointing()
+        torch.testing.assert_close(twin(images(side=16)), model(images(side=16)))
 
 
 def test_checkpointing_recomputes_the_blocks_and_can_be_turned_off() -> None:

@@ -16,7 +16,7 @@ from models import memories
 from PIL import Image
 from torch import Tensor, nn
 
-import timm_ait  # noqa: F401  registers the models
+from timm_ait import GlobalWorkspace
 
 SIDE, CLASSES, TRACED = 24, 13, 2  # TRACED images are exported, other numbers of images are then run
 LAYOUTS = pytest.mark.parametrize('layout', ['ait_small_patch4_32', 'ait_small'])
@@ -194,6 +194,13 @@ def test_a_model_that_writes_is_refused_with_the_remedy(
     with pytest.raises(Exception, match=REFUSED):  # some exporters wrap the ValueError into an error of theirs
         EXPORTERS[exporter](model, tmp_path)
     assert all(map(torch.equal, memories(model), before))
+
+
+def test_a_scripted_layer_reads_unit_rows_of_a_memory_that_was_never_written() -> None:
+    layer = GlobalWorkspace(8, num_slots=4, slot_dim=5).eval()
+    assert layer.memory.norm(dim=-1).max() > 2  # random rows
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
 
 
 @pytest.mark.parametrize('scope', ['batch', 'image'])

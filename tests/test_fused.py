@@ -16,12 +16,16 @@ KWARGS: list[dict[str, Any]] = [
     dict(beta=2.0, retrieval_steps=3),
     dict(retrieval_scale=0.5),
     dict(write_mode='never'),
+    dict(scale_mlp_norm=True),
 ]
 
 
 @pytest.mark.parametrize('kwargs', KWARGS, ids=str)
 def test_a_fused_model_gives_the_same_logits_and_leaves_the_model_as_it_was(kwargs: dict[str, Any]) -> None:
     model = timm.create_model('test_ait', **kwargs).eval()
+    for block in model.blocks:
+        for p in block.mlp.hidden_norm.parameters():
+            torch.nn.init.normal_(p)
     fused = reparameterize_model(model)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -29,6 +33,14 @@ def test_a_fused_model_gives_the_same_logits_and_leaves_the_model_as_it_was(kwar
         assert torch.equal(fused.train()(images), model(images))  # it reads alone, in any mode
     assert all(isinstance(block.mlp, FusedWorkspace) for block in fused.blocks)
     assert all(isinstance(block.mlp, GlobalWorkspace) for block in model.blocks)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_a_fused_model_of_another_dtype_gives_the_same_logits(dtype: torch.dtype) -> None:
+    model = timm.create_model('test_ait').eval().to(dtype)
+    images = torch.randn(3, 3, 32, 32, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(reparameterize_model(model)(images), model(images))
 
 
 def test_it_holds_nothing_of_the_write() -> None:

@@ -151,6 +151,43 @@ def test_two_memories_of_one_name_are_an_error(tmp_path: Path) -> None:
         save_memory(pair, tmp_path / 'pair.safetensors')
 
 
+def test_names_that_end_alike_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    def both() -> nn.ModuleDict:
+        return nn.ModuleDict({name: GlobalWorkspace(4, num_slots=3, slot_dim=2) for name in ('a', 'ba')})
+
+    saved, plain = both(), both()
+    save_memory(Holder(saved), tmp_path / 'memory.safetensors')
+    load_memory(plain, tmp_path / 'memory.safetensors')
+    assert all(torch.equal(plain[name].memory, saved[name].memory) for name in saved)
+
+
+def test_the_layer_that_an_adapter_trains_is_saved_and_not_the_one_that_it_keeps(tmp_path: Path) -> None:
+    model = make_model()
+    other = make_model()
+    for block in model.blocks:  # as peft does with modules_to_save
+        block.mlp = nn.ModuleDict(
+            {
+                'original_module': block.mlp,
+                'modules_to_save': nn.ModuleDict({'default': GlobalWorkspace(16, 32, num_slots=5, slot_dim=3)}),
+            }
+        )
+    save_memory(model, tmp_path / 'memory.safetensors')
+    load_memory(other, tmp_path / 'memory.safetensors')
+    trained = [block.mlp['modules_to_save']['default'].memory for block in model.blocks]
+    assert_equal(memories(other), trained)
+
+
+def test_a_memory_of_any_layout_is_saved_and_one_that_is_no_table_is_an_error(tmp_path: Path) -> None:
+    model = make_model()
+    for block in model.blocks:
+        block.mlp.memory = block.mlp.memory.t().contiguous().t()
+    save_memory(model, tmp_path / 'memory.safetensors')
+    assert_equal([load_file(tmp_path / 'memory.safetensors')[name] for name in NAMES], memories(model))
+    save_file({name: torch.tensor(1.0) for name in NAMES}, tmp_path / 'number.safetensors')
+    with pytest.raises(ValueError, match=r'in .* it has shape \(\); create the model with other sizes'):
+        load_memory(model, tmp_path / 'number.safetensors')
+
+
 def test_a_model_without_workspace_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='expected a model with workspaces, got Linear without; pass an AiT'):
         save_memory(nn.Linear(2, 3), tmp_path / 'memory.safetensors')

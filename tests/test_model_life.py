@@ -189,6 +189,14 @@ def test_a_model_of_dynamic_size_cannot_be_reset_to_flatten() -> None:
     assert model(images(side=40)).shape == (3, CLASSES)
 
 
+@pytest.mark.parametrize('pools', [('flatten', 'avg'), ('avg', 'flatten'), ('flatten', 'flatten')])
+def test_a_new_head_has_the_mode_of_the_model(pools: tuple[str, str]) -> None:
+    for training in (True, False):
+        model = make_model(global_pool=pools[0]).train(training)
+        model.reset_classifier(4, pools[1])
+        assert {module.training for module in model.modules()} == {training}
+
+
 @pytest.mark.parametrize(('pool', 'layout'), [('avgg', 'paper'), ('map', 'paper'), ('token', 'paper'), ('map', 'vit')])
 def test_a_pooling_that_cannot_be_had_is_refused_and_the_model_stays_as_it_was(pool: str, layout: str) -> None:
     model = make_model(layout).eval()

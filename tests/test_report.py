@@ -49,6 +49,42 @@ def test_images_that_differ_as_wholes_vary_over_images_too() -> None:
     assert seen.varies_over_images == pytest.approx(seen.varies_over_tokens) == pytest.approx(math.sqrt(0.5))
 
 
+def test_the_cosines_of_long_slots_are_cosines() -> None:
+    layer = GlobalWorkspace(8, num_slots=4, slot_dim=5, write_rule='additive', write_scope='image')
+    nn.init.normal_(layer.proj.weight, std=100)
+    tokens = torch.randn(3, 12, 8)
+    (seen,) = memory_report(layer, tokens)
+    copies = layer.write(layer.norm(layer.feed_forward(tokens)), layer.memory).memory
+    cosines = torch.stack([torch.corrcoef(torch.cat([copy, -copy], dim=1)) for copy in copies])  # the mean is zero
+    assert seen.mean_cosine == pytest.approx(cosines[:, ~torch.eye(4, dtype=torch.bool)].mean().item(), abs=1e-5)
+
+
+def test_autocast_around_the_report_rounds_none_of_its_numbers() -> None:
+    model, images = timm.create_model('test_ait', depth=1), torch.randn(6, 3, 32, 32)
+    (exact,) = memory_report(model, images)
+    with torch.autocast('cpu', torch.bfloat16):
+        (seen,) = memory_report(model, images)
+    assert vars(seen) == pytest.approx(vars(exact), rel=0.05)
+
+
+def test_a_scale_that_is_passed_by_position_counts() -> None:
+    class ByPosition(GlobalWorkspace):
+        def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+            return self.retrieval(h, h, self.attractors(memory, h.dtype), self.scale)
+
+    class ByName(GlobalWorkspace):
+        def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+            return self.retrieval(base=h, h=h, attractors=self.attractors(memory, h.dtype), scale=self.scale)
+
+    layers = [cls(8, num_slots=4, slot_dim=5, write_rule='distinct') for cls in (GlobalWorkspace, ByPosition, ByName)]
+    for layer in layers:
+        layer.load_state_dict(layers[0].state_dict())
+        nn.init.constant_(layer.scale, 3)
+    tokens = torch.randn(2, 12, 8)
+    ((usual,), *others) = [memory_report(layer, tokens) for layer in layers]
+    assert all(vars(one) == pytest.approx(vars(usual)) for (one,) in others)
+
+
 def test_a_map_of_tokens_is_one_image_of_them_and_tokens_alone_are_one_image() -> None:
     layer = GlobalWorkspace(8, num_slots=4, slot_dim=5)
     tokens = torch.randn(2, 12, 8)

@@ -428,6 +428,15 @@ def test_a_scale_that_cannot_be_followed_is_told_where_a_scaler_is_likely() -> N
         model()
 
 
+@pytest.mark.filterwarnings('error')
+def test_a_scale_that_cannot_be_followed_is_not_told_where_no_scaler_is_likely() -> None:
+    model = Model()
+    with torch.autocast('cpu', torch.bfloat16):
+        x = model()
+    x.float().backward(ONE_HOT)
+    model()
+
+
 def test_a_backward_pass_that_fails_leaves_nothing_behind() -> None:
     model = Model()
     x = model()

@@ -420,6 +420,24 @@ def test_checkpointing_from_outside_passes_over_a_forward_without_gradients() ->
     assert distance(found, consistent(twin, twin)) < 1e-5
 
 
+def test_checkpointing_from_outside_tells_shapes_and_devices_apart() -> None:
+    grads = []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        layer = GlobalWorkspace(8, num_slots=4, slot_dim=5, device='meta')
+        layer(torch.empty(2, 8, 8, device='meta'))
+        layer.to_empty(device='cpu')
+        for module in layer.modules():
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+        call = partial(checkpoint, layer, use_reentrant=False) if is_checkpointed else layer
+        x = torch.randn(2, 8, 8).requires_grad_()
+        outputs = [call(x), call(x.view(4, 4, 8))]  # as many elements, and the same
+        sum(out.square().sum() for out in outputs).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 def test_checkpointing_from_outside_warns_where_it_has_forgotten_the_forward() -> None:
     model = make_model(depth=1)
     batches = torch.randn(replay.MOST_FORWARDS + 1, B, 3, 32, 32)
@@ -710,6 +728,14 @@ def test_a_frozen_model_writes_nothing_in_training_mode_and_a_part_of_it_does() 
     model(IMAGES)
     assert torch.equal(memories(model)[0], before[0])
     assert not torch.equal(memories(model)[1], before[1])
+
+
+def test_a_frozen_model_that_always_writes_goes_on() -> None:
+    model = make_model(write_mode='always')
+    before = memories(model)
+    freeze(model)
+    model(IMAGES)
+    assert not any(map(torch.equal, memories(model), before))
 
 
 def test_one_block_that_is_frozen_leaves_the_balance_loss_of_the_others_to_the_scale_of_the_loop() -> None:

@@ -414,6 +414,22 @@ def test_the_additive_rule_needs_a_memory_for_each_image() -> None:
         make_layer(write_rule='additive')
 
 
+def test_additive_copies_have_a_gain_and_score_tokens_by_the_direction_of_their_slots() -> None:
+    layer = make_layer(write_rule='additive', write_scope='image')
+    assert layer.scale.tolist() == [1.0] * E
+    assert layer.scale.requires_grad
+    torch.testing.assert_close(layer.address(5 * layer.memory), layer.address(layer.memory))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_under_autocast_the_logits_of_copies_stay_in_float32(dtype: torch.dtype) -> None:
+    layer = make_layer(write_scope='image', bottleneck=K)
+    exact = layer.select(layer.memory, tokens())
+    with torch.autocast('cpu', dtype):
+        selection = layer.write(tokens(), layer.memory)
+    torch.testing.assert_close(selection.lse, exact.lse)
+
+
 def test_additive_copies_start_with_logits_of_unit_variance_where_the_others_read_the_mean_token() -> None:
     torch.manual_seed(0)
     spread = {}

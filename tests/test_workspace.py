@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -52,6 +53,20 @@ def train_step(layer: GlobalWorkspace, x: Tensor) -> Tensor:
 
 
 # Each equation, by hand
+
+
+def test_the_feed_forward_part_is_timms_mlp() -> None:
+    mlp = Mlp(E, H, drop=0.5, norm_layer=nn.LayerNorm)
+    nn.init.normal_(mlp.norm.weight)
+    layer = make_layer(drop=0.5, norm_layer=nn.LayerNorm)
+    for mine, theirs in ((layer.fc1, mlp.fc1), (layer.hidden_norm, mlp.norm), (layer.fc2, mlp.fc2)):
+        mine.load_state_dict(theirs.state_dict())
+    for training in (True, False):
+        outputs = []
+        for part in (layer.train(training).feed_forward, mlp.train(training)):
+            torch.manual_seed(2)  # for the dropout
+            outputs.append(part(tokens()))
+        torch.testing.assert_close(*outputs)
 
 
 def test_squash_lines_up_the_tokens_image_by_image() -> None:
@@ -186,6 +201,17 @@ def test_the_energy_of_few_attractors(
     state: list[float], attractors: list[list[float]], beta: float, energy: float
 ) -> None:
     assert hopfield_energy(torch.tensor(state), torch.tensor(attractors), beta).item() == pytest.approx(energy)
+
+
+def test_the_energy_of_images_with_patterns_of_their_own_is_that_of_each() -> None:
+    state, attractors = tokens(), torch.randn(B, M, E) * torch.tensor([1.0, 5.0]).view(B, 1, 1)
+    each = [hopfield_energy(one, patterns) for one, patterns in zip(state, attractors, strict=True)]
+    torch.testing.assert_close(hopfield_energy(state, attractors), torch.stack(each))
+
+
+def test_one_token_without_an_image_reads_the_memory() -> None:
+    layer = make_layer().eval()
+    torch.testing.assert_close(layer(tokens()[0, 0]), layer(tokens())[0, 0])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -38,7 +38,7 @@ class HopfieldRetrieval(nn.Module):
         """Retrieve for every token.
 
         Args:
-            base: (B, N, E) or (T, E), what to add to.
+            base: (B, N, E), (T, E) or (E,), what to add to.
             h: As ``base``: the tokens, which are the first states of the network.
             attractors: (M, E) stored patterns ``a``, or (B, M, E) with patterns of its own for every image.
             scale: (E,), None for 1.
@@ -46,7 +46,8 @@ class HopfieldRetrieval(nn.Module):
         Returns:
             As ``base``.
         """
-        state = h if attractors.ndim == 3 else h.flatten(0, -2)  # (B, N, E) -> (B*N, E), one product for all images
+        E = h.shape[-1]
+        state = h if attractors.ndim == 3 else h.reshape(-1, E)  # (B, N, E) -> (B*N, E), one product for all images
         patterns = attractors if self.beta == 1 else self.beta * attractors
         keys = patterns.transpose(-2, -1)  # (..., M, E) -> (..., E, M)
         for _ in range(self.steps - 1):
@@ -57,7 +58,7 @@ class HopfieldRetrieval(nn.Module):
         shares = shares.to(attractors.dtype)
         if attractors.ndim == 3:
             return torch.baddbmm(base, shares, attractors)
-        return torch.addmm(base.flatten(0, -2), shares, attractors).view_as(base)
+        return torch.addmm(base.reshape(-1, E), shares, attractors).view_as(base)  # (B*N, E) -> (B, N, E)
 
     def extra_repr(self) -> str:
         return f'beta={self.beta:g}, steps={self.steps}'

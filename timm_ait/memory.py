@@ -38,9 +38,10 @@ def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, memory in memories.items():
         if memory.is_meta:
             raise ValueError(f'{name} is on the meta device and holds nothing; load the model before you save it')
-    memories = {name: memory.detach().cpu().clone() for name, memory in memories.items()}
+    copies = {name: memory.detach().cpu() for name, memory in memories.items()}
+    copies = {name: memory.clone(memory_format=torch.contiguous_format) for name, memory in copies.items()}
     try:
-        save_file(memories, path, metadata={'format': 'pt'})
+        save_file(copies, path, metadata={'format': 'pt'})
     except SafetensorError as error:
         raise OSError(f'{path} cannot be written ({error})') from error
 
@@ -84,9 +85,10 @@ def load_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if not new.isfinite().all():
             raise ValueError(f'{name} has NaN or infinite values in {path}; take the memory of an earlier epoch')
         if old.shape != new.shape:
+            sizes = f'num_slots={new.shape[0]} and slot_dim={new.shape[1]}' if new.ndim == 2 else 'other sizes'
             raise ValueError(
                 f'{name} has shape {tuple(old.shape)}, but in {path} it has shape {tuple(new.shape)}; create the model '
-                f'with num_slots={new.shape[0]} and slot_dim={new.shape[-1]}'
+                f'with {sizes}'
             )
     with torch.no_grad():
         for name, found in names.items():

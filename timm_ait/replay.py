@@ -4,16 +4,17 @@ import math
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-__all__ = ['Replay', 'out_of_sight', 'snapshot']
+__all__ = ['Replay', 'in_present_mode', 'out_of_sight', 'snapshot']
 
 MOST_FORWARDS = 64  # between a forward and its backward pass
 FAR = 0.5  # above this part of their mean size, the mean distance of two inputs is no rounding: they are not the same
@@ -55,6 +56,29 @@ def _snapshot(memory: Tensor) -> Tensor:
 @_snapshot.register_fake
 def _(memory: Tensor) -> Tensor:
     return torch.empty_like(memory)
+
+
+def in_present_mode(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of a module, which a backward pass repeats with all its parts in the mode that they have now."""
+    if torch.compiler.is_compiling():  # a graph has its mode
+        return function
+    modes = {part: part.training for part in module.modules()}
+
+    def repeat(*args: Any) -> Any:
+        before = {part: part.training for part in modes}
+        try:
+            _set_modes(modes)
+            return function(*args)
+        finally:
+            _set_modes(before)
+
+    return repeat
+
+
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    for part, is_training in modes.items():
+        if part.training != is_training:
+            part.training = is_training
 
 
 @dataclass
@@ -112,7 +136,8 @@ class Replay:
         Raises:
             RuntimeError: If there was none.
         """
-        alike = [forward for forward in reversed(self._forwards) if forward.shape == x.shape]
+        like = x.shape, x.device
+        alike = [forward for forward in reversed(self._forwards) if (forward.shape, forward.sample.device) == like]
         if not alike:
             raise RuntimeError(
                 'a backward pass runs this layer in training mode, but no such forward came before it; call train() or '

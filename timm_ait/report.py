@@ -1,5 +1,6 @@
 """What the memories of a model hold, and what its tokens retrieve, in a few numbers."""
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import without_autocast
 from .workspace import GlobalWorkspace
 
 __all__ = ['BlockReport', 'format_report', 'memory_report']
@@ -60,7 +62,8 @@ class Sums:
         """Hook on the linear transform, which gets the slots: (M, D) or (B, M, D)."""
         slots = self.last_slots = F.normalize(args[0].float(), dim=-1)
         M = slots.shape[-2]
-        cosines = slots @ slots.transpose(-2, -1)
+        with without_autocast(slots):
+            cosines = slots @ slots.transpose(-2, -1)
         self.cosines.append(((cosines.sum(dim=(-2, -1)) - M) / max(M * (M - 1), 1)).flatten())
         values = torch.linalg.svdvals(slots)
         self.ranks.append(torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp().flatten())
@@ -71,11 +74,14 @@ class Sums:
 
     def see_retrieval(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """Hook on the retrieval."""
-        if self.last_slots is None or self.last_shares is None:  # a class that reads in another way
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        is_known = given.keys() >= {'h', 'attractors'}
+        if self.last_slots is None or self.last_shares is None or not is_known:  # a class that reads in another way
             return
-        h, attractors, scale = by_image(args[1]), args[2], kwargs.get('scale')
+        h, attractors, scale = by_image(given['h']), given['attractors'], given.get('scale')
         shares = self.last_shares.float().view(*h.shape[:-1], -1)  # (T, M) or (B, N, M) -> (B, N, M)
-        r = shares @ attractors.float() * (1 if scale is None else scale)  # (B, N, E)
+        with without_autocast(h):
+            r = shares @ attractors.float() * (1 if scale is None else scale)  # (B, N, E)
         means = r.mean(dim=1)
         self.shares = self.shares + shares.sum(dim=(0, 1))
         self.tokens += h.shape[0] * h.shape[1]

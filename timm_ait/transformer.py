@@ -20,7 +20,7 @@ from .arguments import WORKSPACE_ARGS
 from .balance import is_backward_running, plain, track
 from .fused import FusedWorkspace
 from .layers import is_hooked
-from .replay import snapshot
+from .replay import in_present_mode, snapshot
 from .stems import check_divisible
 from .workspace import GlobalWorkspace, MemoryWrite
 
@@ -89,13 +89,22 @@ class AssociativeBlock(Block):
         """:meth:`forward`, which saves its inputs alone for the backward pass."""
         workspace: Any = getattr(self.mlp, '_orig_mod', self.mlp)  # a compiled layer's forward is replaced: no hook
         is_own = isinstance(workspace, GlobalWorkspace) and not is_hooked(workspace)
-        if not is_own or not workspace.is_writing():  # wrappers and hooks belong to a call of the layer, not to a step
-            return checkpoint(self.forward_once, x, attn_mask, is_causal)
+        if not is_own or workspace.overrides('forward'):  # wrappers and hooks belong to a call of the layer
+            return checkpoint(in_present_mode(self, self.forward_once), x, attn_mask, is_causal)
+        if not workspace.is_writing():
+            function = in_present_mode(self, self.look_up)
+            return checkpoint(function, x, snapshot(workspace.memory), attn_mask, is_causal)
+        function = in_present_mode(self, self.step)
         if is_backward_running():  # of a checkpoint around this block
-            return checkpoint(self.step, x, workspace.replay.memory_before(x), attn_mask, is_causal)[0]
-        new, *write = checkpoint(self.step, x, snapshot(workspace.memory), attn_mask, is_causal)
+            return checkpoint(function, x, workspace.replay.memory_before(x), attn_mask, is_causal)[0]
+        new, *write = checkpoint(function, x, snapshot(workspace.memory), attn_mask, is_causal)
         workspace.store(MemoryWrite(*write), x)
         return new
+
+    def look_up(self, x: Tensor, memory: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """The block where it stores nothing, as a function of tokens (B, N, E) and memory (M, D): (B, N, E)."""
+        x = self.attend(x, attn_mask, is_causal)
+        return x + self.drop_path2(self.ls2(self.mlp.look_up(self.norm2(x), memory)))
 
     def step(self, x: Tensor, memory: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, ...]:
         """The block as a function of tokens (B, N, E) and memory (M, D): new tokens, and the parts of the write."""
@@ -244,10 +253,16 @@ class AssociativeTransformer(VisionTransformer):
         Whoever adds it to a loss himself gets it once: such a backward pass does not add it a second time.
         """
         losses = [workspace.balance_loss() for workspace in workspaces_in(self)]
-        return torch.stack(losses).sum() if losses else self.patch_embed.proj.weight.new_zeros(())
+        if not losses:
+            return self.patch_embed.proj.weight.new_zeros(())
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turn gradient checkpointing on or off. The flag lives in the blocks, each of which recomputes itself."""
+        """Turn gradient checkpointing on or off.
+
+        The flag lives in the blocks, each of which recomputes itself. That of the model stays False, for timm would
+        recompute the blocks once more.
+        """
         for module in self.modules():
             if isinstance(module, AssociativeBlock):
                 module.grad_checkpointing = enable

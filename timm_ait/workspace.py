@@ -193,13 +193,9 @@ class GlobalWorkspace(nn.Module):
             h = self.norm(f)
             return self.read(f, h, self.copy_memory(h) if self.has_copies() else self.slots())
         elif not self.is_writing():
-            f = self.feed_forward(x)
-            h = self.norm(f)
-            if not self.has_copies():
-                return self.read(f, h, self.slots())
-            is_saved = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            is_saved = self.has_copies() and torch.is_grad_enabled() and not torch.compiler.is_compiling()
             memory = self.memory.clone() if is_saved else self.memory  # a write may follow before the backward pass
-            return self.read(f, h, self.write(h, memory).memory)
+            return self.look_up(x, memory)
         elif is_backward_running():
             return self.step(x, self.replay.memory_before(x))[0]
         else:
@@ -219,6 +215,12 @@ class GlobalWorkspace(nn.Module):
         if write.balance_loss.requires_grad and self.adds_balance_loss():
             memory = attach(memory, write.balance_loss, self)
         return self.read(f, h, memory), write
+
+    def look_up(self, x: Tensor, memory: Tensor) -> Tensor:
+        """The layer where it stores nothing, as a function of tokens (B, N, E) and memory (M, D): (B, N, E)."""
+        f = self.feed_forward(x)
+        h = self.norm(f)
+        return self.read(f, h, self.write(h, memory).memory if self.has_copies() else self.slots(memory))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """``f = W2 GELU(W1 x)``, and ``h`` is its norm: (B, N, E) -> (B, N, E)."""
@@ -368,13 +370,13 @@ class GlobalWorkspace(nn.Module):
         new = self.proj(heads.transpose(1, 2).flatten(2)) + memory  # (B, M, S*D) -> (B, M, D)
         return new if self.write_rule == 'additive' else self._average(memory, self.write_norm(new))
 
-    def slots(self) -> Tensor:
-        """The memory as it is read, (M, D): rows of unit length, whatever is stored.
+    def slots(self, memory: Tensor | None = None) -> Tensor:
+        """The memory (M, D), by default that of the layer, as it is read: rows of unit length, whatever is stored.
 
         A write leaves such rows. The first random memory has others, and so has a mean of several (weight averaging).
         """
         # NOTE the authors read what is stored: random rows until the first write.
-        return F.normalize(self.memory, dim=-1)
+        return F.normalize(self.memory if memory is None else memory, dim=-1)
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
         """Retrieve from the slots (..., M, D): ``h + r``, or ``f + scale * r`` on top of a ViT's path, (B, N, E)."""
