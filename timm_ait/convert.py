@@ -5,6 +5,8 @@ Every key of such a checkpoint is renamed, or left out for a reason that stands 
 
 import math
 import re
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 from timm.models import clean_state_dict, vision_transformer
@@ -14,6 +16,7 @@ from torch import Tensor
 from .resample import fit_stem, saved_grid
 
 __all__ = [
+    'check_npz',
     'checkpoint_filter_fn',
     'choose_layers',
     'convert_authors',
@@ -233,6 +236,21 @@ def choose_layers(available: int, depth: int) -> list[int]:
         return [available - 1]
     # i * (available - 1) / (depth - 1), rounded to the nearest integer
     return [(2 * i * (available - 1) + depth - 1) // (2 * (depth - 1)) for i in range(depth)]
+
+
+def check_npz(path: Path, depth: int) -> None:
+    """Refuse Google's file of a ViT for a model of another depth: timm would take the first blocks of it.
+
+    Raises:
+        ValueError: If the numbers of blocks differ.
+    """
+    with zipfile.ZipFile(path) as file:
+        blocks = {found[1] for name in file.namelist() if (found := re.search(r'encoderblock_(\d+)/', name))}
+    if len(blocks) not in (0, depth):
+        raise ValueError(
+            f'expected a ViT of {depth} blocks in {path}, got {len(blocks)}; load it into a ViT of timm, save the '
+            "state_dict() of that, and give its file with pretrained_cfg_overlay=dict(file='PATH')"
+        )
 
 
 def _move(key: str, place: dict[int, int]) -> str:
