@@ -299,7 +299,7 @@ def _check_shapes(state_dict: StateDict, own: StateDict, first_conv: str) -> Non
         raise ValueError(
             f'{key} has the shape {tuple(value.shape)} in the checkpoint and {tuple(own[key].shape)} in the model; '
             'create the model with the arguments of the checkpoint (num_slots, slot_dim, write_heads, embed_dim, '
-            "mlp_ratio, patch_size, reg_tokens, and img_size for global_pool='flatten')"
+            "mlp_ratio, patch_size, reg_tokens, question_dim, and img_size for global_pool='flatten')"
         )
 
 
