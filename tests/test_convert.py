@@ -201,6 +201,44 @@ def test_a_vit_file_loaded_beside_a_retrieval_of_scale_zero_is_that_vit(tmp_path
     assert not torch.allclose(other(images()), vit(images()), atol=1e-2)
 
 
+def test_the_hidden_norm_of_a_vit_is_that_of_the_workspace(tmp_path: Path) -> None:
+    vit = make_vit(scale_mlp_norm=True, mlp_ratio=1)  # so that it has the shape of the workspace's output norm too
+    for block in vit.blocks:
+        block.mlp.norm.weight.data.uniform_(1, 2)
+    model = make_model('ait_small', scale_mlp_norm=True, mlp_ratio=1, retrieval_scale=0.0)
+    model.load_state_dict(checkpoint_filter_fn(vit.state_dict(), model))
+    torch.testing.assert_close(model(images()), vit(images()))
+
+
+def as_dinov2(state_dict: StateDict) -> StateDict:
+    positions = torch.cat([torch.zeros(1, 1, E), state_dict['pos_embed']], dim=1)
+    renamed = {key.replace('reg_token', 'register_tokens'): value for key, value in state_dict.items()}
+    return {**renamed, 'pos_embed': positions, 'mask_token': torch.zeros(1, E)}
+
+
+@pytest.mark.parametrize(
+    ('write', 'kwargs'),
+    [
+        (as_dinov2, dict(reg_tokens=4, no_embed_class=True)),
+        (lambda weights: {f'visual.trunk.{key}': value for key, value in weights.items()}, {}),
+        (lambda weights: {**weights, 'pre_logits.fc.weight': torch.zeros(E, E)}, {}),
+    ],
+    ids=['DINOv2', 'OpenCLIP', 'pre_logits'],
+)
+def test_what_timm_renames_for_its_vit_is_renamed(
+    write: Callable[[StateDict], StateDict], kwargs: dict[str, Any]
+) -> None:
+    vit, model = make_vit(**kwargs), make_model('ait_small', retrieval_scale=0.0, **kwargs)
+    model.load_state_dict(checkpoint_filter_fn(write(vit.state_dict()), model))
+    torch.testing.assert_close(model(images()), vit(images()))
+
+
+@pytest.mark.parametrize('weights', [{}, {'encoder.blocks.0.mlp.fc1.weight': torch.zeros(1)}], ids=['empty', 'other'])
+def test_a_file_of_another_model_is_told_so(weights: StateDict) -> None:
+    with pytest.raises(ValueError, match=r'give the checkpoint of an AiT or of a ViT$'):
+        checkpoint_filter_fn(weights, make_model('ait_small'))
+
+
 @pytest.mark.parametrize('no_embed_class', [True, False])
 def test_the_positions_of_a_vit_are_resampled_to_another_image_size(no_embed_class: bool) -> None:
     """A position embedding that is the same everywhere stays so. That of the class token is not resampled."""
@@ -229,6 +267,36 @@ def test_a_pooled_checkpoint_serves_a_model_that_returns_its_tokens(global_pool:
     x = torch.randn(2, 3, 32, 32)
     expected = pooled.fc_norm(pooled.forward_features(x))
     torch.testing.assert_close(tokens.forward_features(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('was', ['token', 'avg', 'map'])
+@pytest.mark.parametrize(
+    'kwargs',
+    [dict(global_pool='avg'), dict(global_pool='map'), dict(global_pool='flatten'), dict(fc_norm=True)],
+    ids=str,
+)
+def test_with_a_new_classifier_a_vit_takes_another_pooling(was: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    vit = make_vit(global_pool=was)
+    norm = vit.fc_norm if was == 'avg' else vit.norm
+    norm.weight.data.uniform_(1, 2)
+    torch.save(vit.state_dict(), tmp_path / 'vit.pth')
+    overlay = dict(file=str(tmp_path / 'vit.pth'), num_classes=CLASSES)
+    model = make_model('ait_small', num_classes=7, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    weights = model.state_dict()
+    assert torch.equal(weights['norm.weight' if 'norm.weight' in weights else 'fc_norm.weight'], norm.weight)
+    if was == kwargs.get('global_pool') == 'map':
+        assert torch.equal(model.attn_pool.latent, vit.attn_pool.latent)
+
+
+@pytest.mark.parametrize('global_pool', ['avg', 'map'])
+@pytest.mark.parametrize('classes', [CLASSES, 0])
+def test_without_a_new_classifier_another_pooling_is_refused(global_pool: str, classes: int, tmp_path: Path) -> None:
+    torch.save(make_vit(num_classes=classes).state_dict(), tmp_path / 'vit.pth')
+    overlay = dict(file=str(tmp_path / 'vit.pth'), num_classes=classes)
+    with pytest.raises(ValueError, match=r'the checkpoint does not fit the model: .*\(.*global_pool'):
+        make_model(
+            'ait_small', num_classes=classes, global_pool=global_pool, pretrained=True, pretrained_cfg_overlay=overlay
+        )
 
 
 def test_an_oblong_grid_of_positions_is_refused_with_what_to_do() -> None:

@@ -107,6 +107,26 @@ def test_a_missing_optional_package_is_named(
     assert "needs sklearn: pip install '.[demo]' in a checkout of timm_ait" in capsys.readouterr().err
 
 
+def test_the_demo_replaces_its_own_images_and_deletes_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = tmp_path / 'digits'
+    demo.write_digits(digits, 0)
+    first = set(digits.rglob('*.png'))
+    demo.write_digits(digits, 1)
+    assert len(set(digits.rglob('*.png'))) == len(first) == 1797
+    assert set(digits.rglob('*.png')) != first
+    own = digits / 'train' / '7' / 'own.png'
+    own.touch()
+    (tmp_path / 'mine' / 'digits' / 'train' / '7').mkdir(parents=True)
+    other = tmp_path / 'mine' / 'digits' / 'train' / '7' / '0001.png'
+    other.touch()
+    for path, output in ((own, tmp_path), (other, tmp_path / 'mine')):
+        assert demo.main(['--output', str(output)]) == 2
+        assert f'error: the demo did not write {path}; remove it, or choose another' in capsys.readouterr().err
+        assert path.exists()
+
+
 @pytest.mark.parametrize('option', ['--epochs', '--batch-size'])
 def test_a_number_below_one_is_refused_before_anything_is_written(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,21 @@ def test_a_checkpoint_that_cannot_be_exported_is_said_in_one_sentence(
     with pytest.raises(SystemExit, match=said):
         hub.main(['export', *arguments])
     assert not Path('out').exists()
+
+
+def test_what_is_no_pair_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        hub.main(['export', 'a.pth', 'out', '--compare', 'results.json'])
+    assert 'expected KEY=VALUE, got results.json' in capsys.readouterr().err
+
+
+def test_a_card_is_the_same_in_every_locale(checkpoint: Path, tmp_path: Path) -> None:
+    plain = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    arguments = ['export', str(checkpoint), 'test_ait.toy', '--dataset', 'Blüten']
+    command = f'from timm_ait import hub; hub.main({arguments!a})'
+    done = subprocess.run([sys.executable, '-c', command], cwd=tmp_path, env=plain, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert 'Blüten' in (tmp_path / 'test_ait.toy' / 'README.md').read_text(encoding='utf-8')
 
 
 def test_nothing_is_pushed_without_a_login_or_from_a_damaged_folder(

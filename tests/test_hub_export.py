@@ -84,6 +84,21 @@ def test_a_checkpoint_of_the_authors_is_exported_as_a_folder_that_loads_bit_for_
         ('summary.csv', b'epoch,train_loss\n0,2.3\n', r'summary\.csv is no checkpoint of tensors and plain values'),
         ('args.yaml', b'aa: null\namp: false\n', r'args\.yaml is no checkpoint of tensors and plain values'),
         ('short.pth', b'hi\n', r'short\.pth is no checkpoint of tensors and plain values'),
+        ('empty.pth', b'', r'empty\.pth breaks off \(it is empty\); was it written whole'),
+        (
+            'nested.pth',
+            {'state_dict': [1]},
+            r"by their names in .*nested\.pth, got list at 'the weights'; save the state_",
+        ),
+        ('numbers.pth', {'state_dict': {'a': 1}}, r"by their names in .*numbers\.pth, got int at 'a'; save the state_"),
+        ('unnamed.pth', {1: torch.zeros(1)}, r'by their names in .*unnamed\.pth, got Tensor at 1; save the state_'),
+        (
+            'said.pth',
+            {'state_dict': {}, 'args': 'mine'},
+            r'said\.pth says its model in an unknown way; save the state_',
+        ),
+        ('third.pth', {'state_dict': {}, 'args': {'model': 3}}, 'says its model in an unknown way'),
+        ('list.pth', {'state_dict': {}, 'args': {'model_kwargs': [1]}}, 'says its model in an unknown way'),
     ],
 )
 def test_what_is_no_checkpoint_is_named(name: str, content: Any, message: str, tmp_path: Path) -> None:
@@ -132,6 +147,25 @@ def test_what_a_saved_folder_says_of_its_images_and_licence_is_kept(tmp_path: Pa
     assert ModelCard.load(folder / 'README.md').data.license == 'cc-by-nc-4.0'
 
 
+def test_labels_and_the_config_of_tests_are_kept(tmp_path: Path) -> None:
+    labels = [f'class {i}' for i in range(11)]
+    facts: dict[str, Any] = {'label_names': labels, 'label_descriptions': {labels[0]: 'the first'}}
+    said: dict[str, Any] = dict(model_config=dict(facts), data_config=dict(crop_pct=0.8, test_crop_pct=1.0))
+    timm.models.save_for_hf(make_model(), str(tmp_path / 'saved'), safe_serialization=True, **said)
+    folder = hub.export(tmp_path / 'saved' / 'model.safetensors', tmp_path / 'test_ait.toy')
+    kept = timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg
+    assert {key: kept[key] for key in (*facts, 'test_crop_pct')} == {**facts, 'test_crop_pct': 1.0}
+
+
+def test_the_config_beside_a_pickle_is_read_as_beside_safetensors(tmp_path: Path) -> None:
+    model = make_model(write_scope='image', beta=5.0)
+    timm.models.save_for_hf(model, str(tmp_path / 'saved'))
+    folder = hub.export(tmp_path / 'saved' / 'pytorch_model.bin', tmp_path / 'test_ait.toy')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert (loaded.blocks[0].mlp.write_scope, loaded.blocks[0].mlp.retrieval.beta) == ('image', 5.0)
+    assert fingerprint(loaded) == fingerprint(model)
+
+
 def test_values_beyond_the_range_of_the_type_are_told(tmp_path: Path) -> None:
     model = make_model()
     model.head.weight.data.fill_(1e6)
@@ -141,7 +175,7 @@ def test_values_beyond_the_range_of_the_type_are_told(tmp_path: Path) -> None:
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('content', ['[]', '3'])
+@pytest.mark.parametrize('content', ['[]', '3', '{"top1": "88"}'])
 def test_results_that_hold_nothing_are_named(content: str, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / 'results.json').write_text(content)
     with pytest.raises(ValueError, match='json holds no results'):
@@ -212,6 +246,13 @@ def test_the_version_names_no_commit_of_a_project_around_the_package(
 def test_a_file_that_breaks_off_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, 'load', Mock(side_effect=OSError(22, 'Invalid argument')))
     with pytest.raises(ValueError, match=rf'{checkpoint.name} breaks off \(.*Invalid argument\); was it written whole'):
+        hub.read_checkpoint(checkpoint)
+
+
+def test_half_a_file_is_named(checkpoint: Path) -> None:
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf'{checkpoint.name} breaks off \(.*\); was it written whole'):
         hub.read_checkpoint(checkpoint)
 
 

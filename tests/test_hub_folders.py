@@ -107,7 +107,11 @@ def test_a_pickle_named_safetensors_is_not_read(tmp_path: Path) -> None:
 def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
     folder = broken_folder(tmp_path)
     (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
-    assert load_folder(folder).startswith(f'there is no file {folder}/model.safetensors')
+    said = load_folder(folder)
+    assert said.startswith(
+        f'there is no file {folder}/model.safetensors, but pytorch_model.bin, a pickle, which is not'
+    )
+    assert f"safe_serialization=True, or load this file with pretrained_cfg_overlay=dict(file='{folder}/pytorch" in said
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:

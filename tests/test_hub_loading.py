@@ -10,6 +10,7 @@ import torch
 from hub_child import Child, fingerprint, images, load
 from hub_models import ARGS, NAME, REPO, assert_same_logits, edited, make_model, overlay, save, sha256
 from hub_server import LoopbackHub
+from timm.models import save_for_hf
 from torch import nn
 
 from timm_ait import ait, pretrained
@@ -56,6 +57,11 @@ def test_offline_the_cache_is_loaded_and_a_missing_file_is_named(
         offline.fails('test_ait', pretrained_cfg_overlay=absent, **args)
     )
     assert remote.requests == []
+    snapshot = next(hub_cache.glob('models--*/snapshots/*'))
+    (snapshot / 'model.safetensors').rename(snapshot / 'pytorch_model.bin')
+    said = offline.fails(NAME, cache_dir=hub_cache)
+    assert 'the cache holds pytorch_model.bin, a pickle, which is not read in its place: save the model with' in said
+    assert f"pretrained_cfg_overlay=dict(file='{snapshot}/pytorch_model.bin')" in said
     offline.pool.shutdown()
 
 
@@ -98,6 +104,14 @@ def test_features_only_loads_without_the_head(remote: LoopbackHub, child: Child,
         expected = make_model().forward_intermediates(images(), indices=[1], norm=False, intermediates_only=True)
     assert loaded['shape'] == [(2, 32, 8, 8)]
     torch.testing.assert_close(torch.tensor(loaded['logits'][0]), expected[0])
+
+
+def test_the_model_inside_features_is_saved_without_the_old_hash(tmp_path: Path) -> None:
+    inner = timm.create_model('test_ait', pretrained=True, features_only=True).model
+    nn.init.zeros_(inner.blocks[0].norm1.weight)
+    save_for_hf(inner, str(tmp_path), safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert not loaded.blocks[0].norm1.weight.any()
 
 
 def test_a_flattened_head_takes_another_image_size_only_with_another_number_of_classes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from timm_ait import NormalizedPatchEmbed, RelationalTransformer
+from timm_ait import NormalizedPatchEmbed, RelationalTransformer, checkpoint_filter_fn
 
 B, SIDE, PATCH, Q, CLASSES = 3, 15, 5, 11, 7
 N = (SIDE // PATCH) ** 2
@@ -122,6 +122,18 @@ def test_another_question_has_another_answer(layout: str) -> None:
     differences = (model(image, changed) - model(image, question)).abs().amax(dim=-1)
     assert differences[1] > 1e-4
     assert differences[[0, 2]].max() < 1e-6
+
+
+def test_the_images_have_the_name_that_timm_gives_them() -> None:
+    model, (image, question) = make_model().eval(), inputs()
+    assert torch.equal(model(x=image, question=question), model(image, question))
+    model.forward_features(x=image, question=question)
+    model.forward_intermediates(x=image, question=question)
+
+
+def test_weights_for_longer_questions_name_the_argument() -> None:
+    with pytest.raises(ValueError, match=r'question_embed\.0\.\w+ has the shape .*create the model .*question_dim'):
+        checkpoint_filter_fn(make_model(question_dim=Q + 1).state_dict(), make_model())
 
 
 def test_bits_may_be_bool() -> None:

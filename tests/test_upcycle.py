@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from timm_ait import ait
 from timm_ait.convert import choose_layers
+from timm_ait.pretrained import WeightsError
 
 VIT = 'vit_base_patch16_224'
 MODELS = {'ait_vit_base_patch16_224': 12, 'ait_vit_medium_patch16_224': 6, 'ait_vit_small_patch16_224': 2}
@@ -182,6 +184,20 @@ def test_a_vit_with_more_parameters_is_refused(tmp_path: Path) -> None:
     overlay = dict(file=str(tmp_path / 'layer_scale.safetensors'))
     with pytest.raises(ValueError, match=r'layer_scale\.safetensors: .* unknown keys blocks\.0\.ls1\.gamma'):
         timm.create_model('ait_vit_small_patch16_224', pretrained=True, pretrained_cfg_overlay=overlay, **TOY, **MEMORY)
+
+
+def test_a_file_of_jax_for_another_depth_or_by_its_name_alone_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / 'vit.npz'
+    np.savez(path, **{f'Transformer/encoderblock_{i}/LayerNorm_0/bias': np.zeros(24) for i in range(12)})
+    load: Any = partial(timm.create_model, 'ait_vit_small_patch16_224', pretrained=True, **TOY)
+    with pytest.raises(
+        ValueError, match=r'expected a ViT of 2 blocks in .*vit\.npz, got 12; load it into a ViT of timm'
+    ):
+        load(pretrained_cfg_overlay=dict(file=str(path), custom_load=True))
+    with pytest.raises(
+        WeightsError, match=r'vit\.npz is a file of JAX: add custom_load=True to pretrained_cfg_overlay'
+    ):
+        load(pretrained_cfg_overlay=dict(file=str(path)))
 
 
 def test_a_model_of_the_paper_refuses_a_deeper_vit(tmp_path: Path) -> None:

@@ -195,12 +195,12 @@ def write_card(
         commit: Commit of the code that trained them, '' if it is not known.
         version: Version of the code that writes the card.
     """
-    config = json.loads((folder / 'config.json').read_text())
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     if str(args.get('model')).startswith('local-dir:'):  # a path
         args = {**args, 'model': config['architecture']}
     recipe = _recipe(args)
     if recipe:
-        (folder / ARGUMENTS).write_text(recipe)
+        (folder / ARGUMENTS).write_text(recipe, encoding='utf-8')
         recipe = f"Arguments of timm's train.py, also in {ARGUMENTS}:\n\n```yaml\n{recipe}```"
     macs, activations = count_cost(model)
     files = sorted(path for path in folder.iterdir() if path.name != 'README.md')
@@ -232,7 +232,7 @@ def write_card(
     accuracies = [(found.dataset, 'top-1 accuracy', found.facts['top1'])] if has_accuracy else []
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
     head = metadata(folder.name, accuracies, config['pretrained_cfg'].get('license', 'apache-2.0'), task)
-    (folder / 'README.md').write_text(f'---\n{head}\n---\n{body}')
+    (folder / 'README.md').write_text(f'---\n{head}\n---\n{body}', encoding='utf-8')
 
 
 def metadata(

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,9 @@ __all__ = [
     'read_checkpoint',
 ]
 
-# What an export keeps of the config that timm wrote beside the weights.
-SAVED = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'license')
+# What an export keeps of the config that timm wrote beside the weights. KEPT is what says nothing of training images.
+KEPT = ('license', 'label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'test_pool_size')
+SAVED = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', *KEPT)
 
 
 class Checkpoint(NamedTuple):
@@ -67,16 +69,19 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
             weights = safetensors.torch.load_file(path)
         except SafetensorError as error:
             raise ValueError(f'{path} is no safetensors file ({error}); was it downloaded whole?') from error
-        return Checkpoint(clean_state_dict(weights), _saved_args(path.with_name('config.json')), False, {})
+        return Checkpoint(clean_state_dict(weights), _args(None, path), False, {})
     content: Any
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        raise ValueError(f'{path} breaks off ({error}); was it written whole?') from error
     except Exception as error:  # of many kinds: whatever the file holds is taken for a pickle
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        with path.open('rb') as file:
+            is_part = file.read(2) in (b'', b'PK') and not zipfile.is_zipfile(path)
+        if is_part or isinstance(error, OSError):
+            reason = str(error).partition('. ')[0] or 'it is empty'
+            raise ValueError(f'{path} breaks off ({reason}); was it written whole?') from error
         raise ValueError(
             f'{path} is no checkpoint of tensors and plain values, so it is not read; save the weights alone '
             f'({str(error).partition(chr(10))[0]})'
@@ -86,25 +91,44 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     averaged = next((content[key] for key in ('state_dict_ema', 'model_ema') if content.get(key) is not None), None)
     is_ema = use_ema and averaged is not None
     state_dict = averaged if is_ema else content.get('state_dict', content.get('model', content))
+    named = state_dict.items() if isinstance(state_dict, dict) else [('the weights', state_dict)]
+    other = [(key, value) for key, value in named if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if other:
+        raise ValueError(
+            f'expected tensors by their names in {path}, got {type(other[0][1]).__name__} at {other[0][0]!r}; save the '
+            'state_dict() of the model'
+        )
     metric = content.get('metric')
     if not isinstance(metric, (int, float)) or (averaged is not None and not is_ema):  # train.py's is of the average
         metric = None
     facts = {} if metric is None else {'metric': metric}
-    args = content.get('args') or {}
-    return Checkpoint(clean_state_dict(state_dict), dict(args if isinstance(args, dict) else vars(args)), is_ema, facts)
+    return Checkpoint(clean_state_dict(state_dict), _args(content.get('args'), path), is_ema, facts)
+
+
+def _args(args: Any, path: Path) -> dict[str, Any]:
+    """The arguments of train.py in a checkpoint, or else the config beside it, in the names of train.py's arguments."""
+    args = vars(args) if isinstance(args, argparse.Namespace) else args or _saved_args(path.with_name('config.json'))
+    is_known = isinstance(args, dict) and isinstance(args.get('model') or '', str)
+    if not is_known or not isinstance(args.get('model_kwargs') or {}, dict):
+        raise ValueError(
+            f'{path} says its model in an unknown way; save the state_dict() of the model alone, and give --model and '
+            '--model-kwargs'
+        )
+    return dict(args)
 
 
 def _saved_args(path: Path) -> dict[str, Any]:
-    """Read the config that timm wrote beside the weights, in the names of train.py's arguments."""
+    """Read the config that timm wrote beside the weights; {} if there is none."""
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise ValueError(f'{path} is no JSON ({error}); copy it once more, or remove it') from error
-    if 'architecture' not in config:  # of another library
+    if not isinstance(config, dict) or 'architecture' not in config:  # of another library
         return {}
-    kept = {key: config.get('pretrained_cfg', {}).get(key) for key in SAVED}
+    facts = {**(config.get('pretrained_cfg') or {}), **config}  # the labels stand beside the rest
+    kept = {key: facts.get(key) for key in SAVED}
     return {'model': config['architecture'], 'model_kwargs': config.get('model_args', {}), **kept}
 
 
@@ -135,9 +159,7 @@ def build_model(
         'global_pool': args.get('gp'),
     }
     kwargs = {**known, **(args.get('model_kwargs') or {}), **model_kwargs}
-    overlay = {'num_classes': kwargs['num_classes']}
-    if args.get('license'):
-        overlay['license'] = args['license']
+    overlay = {'num_classes': kwargs['num_classes'], **{key: args[key] for key in KEPT if args.get(key)}}
     try:
         model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
     except (RuntimeError, TypeError) as error:  # no such model, no such tag, no such argument

@@ -5,13 +5,18 @@ Every key of such a checkpoint is renamed, or left out for a reason that stands 
 
 import math
 import re
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
-from timm.layers import resample_abs_pos_embed
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from .resample import fit_stem, saved_grid
+
 __all__ = [
+    'check_npz',
     'checkpoint_filter_fn',
     'choose_layers',
     'convert_authors',
@@ -73,7 +78,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: VisionTransformer) -> Sta
     """Convert a checkpoint to the names and shapes of ``model``.
 
     It may come from this package, from the authors' code or from timm's ViT. A ViT has no workspace: ``model`` then
-    keeps the values that its workspaces have now. A position embedding is resampled to the image size of ``model``.
+    keeps the values that its workspaces have now. Positions and patches are resampled to the sizes of ``model``.
 
     Raises:
         ValueError: If a key is unknown or missing, or if a shape differs. The classifier may differ or be missing.
@@ -109,7 +114,7 @@ def fit_pretrained(
         replace_head = replace_head or model.num_classes != config_classes
         state_dict = _rename(state_dict, model)
         if replace_head:
-            state_dict = _replace_pooling_norm(state_dict, model)
+            state_dict = _replace_pooling(state_dict, model)
         state_dict = _fit(state_dict, model, strict)
         _check_finite(state_dict)
         _check_head(state_dict, model, config_classes, replace_head)
@@ -132,7 +137,7 @@ def _rename(state_dict: StateDict, model: VisionTransformer) -> StateDict:
 def _fit(state_dict: StateDict, model: VisionTransformer, strict: bool = True) -> StateDict:
     """Resample the stem of a renamed checkpoint, then check all keys, if ``strict``, and shapes."""
     own = model.state_dict()
-    state_dict = _fit_channels(_fit_positions(state_dict, model), model)
+    state_dict = fit_stem(state_dict, model)
     if strict:
         _check_keys(state_dict, own)
     first_conv = getattr(model, 'pretrained_cfg', {}).get('first_conv', 'patch_embed.proj')
@@ -198,6 +203,9 @@ def convert_vit(state_dict: StateDict, model: VisionTransformer) -> StateDict:
 
     A model with ``retrieval_scale`` may have fewer blocks than the ViT, see :func:`choose_layers`.
     """
+    state_dict = {
+        key.replace('.mlp.norm.', '.mlp.hidden_norm.'): value for key, value in _timm_names(state_dict, model).items()
+    }
     blocks = {int(key.split('.')[1]) for key in state_dict if key.startswith('blocks.')}
     if model.blocks[0].mlp.retrieval_scale is not None and len(blocks) > len(model.blocks):
         place = {layer: i for i, layer in enumerate(choose_layers(len(blocks), len(model.blocks)))}
@@ -205,6 +213,16 @@ def convert_vit(state_dict: StateDict, model: VisionTransformer) -> StateDict:
         state_dict = {key: value for key, value in moved.items() if key}
     own = {key: value for key, value in model.state_dict().items() if WORKSPACE_KEYS.fullmatch(key)}
     return {**own, **state_dict}
+
+
+def _timm_names(state_dict: StateDict, model: VisionTransformer) -> StateDict:
+    """Rename what timm renames for its ViT, for instance in files of DINOv2. Positions and patches stay as they are."""
+    kernels = (
+        value for key, value in state_dict.items() if key.endswith('patch_embed.proj.weight') and value.ndim == 4
+    )
+    proj = SimpleNamespace(weight=next(kernels, model.patch_embed.proj.weight))
+    like = SimpleNamespace(patch_embed=SimpleNamespace(proj=proj), pos_embed=None, head=model.head)
+    return dict(vision_transformer.checkpoint_filter_fn(dict(state_dict), like))
 
 
 def choose_layers(available: int, depth: int) -> list[int]:
@@ -220,62 +238,27 @@ def choose_layers(available: int, depth: int) -> list[int]:
     return [(2 * i * (available - 1) + depth - 1) // (2 * (depth - 1)) for i in range(depth)]
 
 
+def check_npz(path: Path, depth: int) -> None:
+    """Refuse Google's file of a ViT for a model of another depth: timm would take the first blocks of it.
+
+    Raises:
+        ValueError: If the numbers of blocks differ.
+    """
+    with zipfile.ZipFile(path) as file:
+        blocks = {found[1] for name in file.namelist() if (found := re.search(r'encoderblock_(\d+)/', name))}
+    if len(blocks) not in (0, depth):
+        raise ValueError(
+            f'expected a ViT of {depth} blocks in {path}, got {len(blocks)}; load it into a ViT of timm, save the '
+            "state_dict() of that, and give its file with pretrained_cfg_overlay=dict(file='PATH')"
+        )
+
+
 def _move(key: str, place: dict[int, int]) -> str:
     """Rename a parameter to the new place of its block; '' if the block is left out."""
     block = re.fullmatch(r'blocks\.(\d+)\.(.+)', key)
     if block is None:
         return key
     return f'blocks.{place[int(block[1])]}.{block[2]}' if int(block[1]) in place else ''
-
-
-def _fit_positions(state_dict: StateDict, model: VisionTransformer) -> StateDict:
-    """Resample the position embedding to the grid of the model."""
-    pos_embed = state_dict.get('pos_embed')
-    if pos_embed is None or model.pos_embed is None:
-        return state_dict
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    grid = model.patch_embed.grid_size
-    count = pos_embed.shape[1] - prefix
-    saved = _saved_grid(model, count)
-    if count == math.prod(grid) and saved in (None, grid):
-        return state_dict
-    if saved is None and math.isqrt(count) ** 2 != count:
-        if math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:
-            raise ValueError(
-                f'pos_embed has {pos_embed.shape[1]} positions, of patches alone, but the model has {prefix} more '
-                'tokens; create the model with the class_token and reg_tokens of the checkpoint, or with '
-                'no_embed_class=True'
-            )
-        raise ValueError(
-            f'pos_embed has {count} positions. Only a square grid can be resampled to {grid}; '
-            'create the model with the img_size of the checkpoint, then call set_input_size'
-        )
-    resampled = resample_abs_pos_embed(pos_embed, new_size=grid, old_size=saved, num_prefix_tokens=prefix)
-    return {**state_dict, 'pos_embed': resampled}
-
-
-def _saved_grid(model: VisionTransformer, count: int) -> tuple[int, int] | None:
-    """Rows and columns of ``count`` patches in the images of the config; None if the config is of other images."""
-    size = getattr(model, 'pretrained_cfg', {}).get('input_size')
-    if size is None:
-        return None
-    sizes = zip(size[1:], model.patch_embed.img_size, model.patch_embed.grid_size, strict=True)
-    rows, columns = (pixels * patches // own for pixels, own, patches in sizes)
-    return (rows, columns) if rows * columns == count else None
-
-
-def _fit_channels(state_dict: StateDict, model: VisionTransformer) -> StateDict:
-    """Average the norm over the pixels of a patch if the model has another number of channels.
-
-    timm adapts the projection behind it by itself.
-    """
-    pixels = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1]
-    for key in ('patch_embed.patch_norm.weight', 'patch_embed.patch_norm.bias'):
-        size = state_dict[key].numel() if key in state_dict else 0
-        if size != model.in_chans * pixels and size % pixels == 0 < size:
-            per_pixel = state_dict[key].view(-1, pixels).mean(dim=0)  # (C*P*P,) -> (P*P,)
-            state_dict = {**state_dict, key: per_pixel.repeat(model.in_chans)}
-    return state_dict
 
 
 def _check_keys(state_dict: StateDict, own: StateDict) -> None:
@@ -297,6 +280,8 @@ def _remedy(keys: list[str]) -> str:
         )
     if all(key.endswith('.mlp.memory') for key in keys):
         return 'the memory is a buffer: save the state_dict() of the model, and not its parameters alone'
+    if 'blocks.0.mlp.fc1.weight' in keys:
+        return 'give the checkpoint of an AiT or of a ViT'
     if any(key.endswith('.attractors') for key in keys):
         return 'a model that was reparameterised has lost its memory; save it before reparameterize_model'
     if any(re.fullmatch(r'blocks\.\d+\.mlp\.fc1\.weight', key) for key in keys):
@@ -314,7 +299,7 @@ def _check_shapes(state_dict: StateDict, own: StateDict, first_conv: str) -> Non
         raise ValueError(
             f'{key} has the shape {tuple(value.shape)} in the checkpoint and {tuple(own[key].shape)} in the model; '
             'create the model with the arguments of the checkpoint (num_slots, slot_dim, write_heads, embed_dim, '
-            "mlp_ratio, patch_size, and img_size for global_pool='flatten')"
+            "mlp_ratio, patch_size, reg_tokens, question_dim, and img_size for global_pool='flatten')"
         )
 
 
@@ -345,7 +330,7 @@ def _check_head(state_dict: StateDict, model: VisionTransformer, config_classes:
 def _check_flattened(state_dict: StateDict, model: VisionTransformer) -> None:
     """Check that a classifier over all tokens finds them in the rows and columns that it was trained with."""
     grid = model.patch_embed.grid_size
-    saved = _saved_grid(model, math.prod(grid))
+    saved = saved_grid(model, math.prod(grid))
     if model.global_pool == 'flatten' and 'head.weight' in state_dict and saved not in (None, grid):
         raise ValueError(
             f'the classifier reads a grid of {saved} tokens, and the model has {grid}; '
@@ -353,19 +338,24 @@ def _check_flattened(state_dict: StateDict, model: VisionTransformer) -> None:
         )
 
 
-def _replace_pooling_norm(state_dict: StateDict, model: VisionTransformer) -> StateDict:
-    """Treat the norm before a replaced classifier as a part of it: where it does not fit, take the model's own.
+def _replace_pooling(state_dict: StateDict, model: VisionTransformer) -> StateDict:
+    """Treat pooling and norm before a replaced classifier as a part of it: where they do not fit, take the model's own.
 
-    A model without pooling has it as its final norm: there the norm behind the pooling is the nearest.
+    A model with another pooling has its one norm in another place: the norm of the checkpoint moves there. A pooling
+    with parameters starts anew only before a classifier that does, and never as the end of an encoder.
     """
-    wanted = model.state_dict()
-    if 'norm.weight' in wanted and 'norm.weight' not in state_dict:
-        moved = {key.removeprefix('fc_'): value for key, value in state_dict.items() if key.startswith('fc_norm.')}
-        if all(value.shape == wanted[key].shape for key, value in moved.items()):
-            state_dict = {**state_dict, **moved}
-    own = {key: value for key, value in wanted.items() if key.startswith('fc_norm.')}
-    given = {key: value for key, value in state_dict.items() if key in own or not key.startswith('fc_norm.')}
-    return {**given, **{key: value for key, value in own.items() if given.get(key, value).shape != value.shape}}
+    wanted, given = model.state_dict(), dict(state_dict)
+    to, came = ('norm.', 'fc_norm.') if 'norm.weight' in wanted else ('fc_norm.', 'norm.')
+    for leaf in ('weight', 'bias'):
+        shape = [x[to + leaf].shape if to + leaf in x else None for x in (wanted, given)]
+        if came + leaf in given and given[came + leaf].shape == shape[0] != shape[1]:
+            given[to + leaf] = given.pop(came + leaf)
+    part = ('fc_norm.', 'attn_pool.')
+    given = {key: value for key, value in given.items() if key in wanted or not key.startswith(part)}
+    new = part if model.num_classes > 0 else part[:1]
+    own = {key: value for key, value in wanted.items() if key.startswith(new)}
+    fitting = {key for key, value in own.items() if key in given and given[key].shape == value.shape}
+    return {**given, **{key: value for key, value in own.items() if key not in fitting}}
 
 
 def _some(keys: list[str]) -> str:

@@ -7,7 +7,6 @@ picture of the predictions and of the use of the memory.
 
 import argparse
 import shlex
-import shutil
 import sys
 import time
 from importlib.util import find_spec
@@ -30,6 +29,7 @@ from timm_ait.report import watch
 MODEL = 'ait_tiny_conv4_32'
 CLASSES = 10
 LR, WEIGHT_DECAY = 1e-3, 0.05
+MARKER = 'written by timm_ait.demo'  # a file beside the images, so that no others are ever replaced
 SCRIPTS = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{version}'
 
 
@@ -52,12 +52,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_digits(folder: Path, seed: int) -> None:
-    """Write scikit-learn's digits as ``folder/{train,val}/<digit>/<number>.png``, RGB, 32x32; four fifths are train."""
+    """Write scikit-learn's digits as ``folder/{train,val}/<digit>/<number>.png``, RGB, 32x32; four fifths are train.
+
+    Raises:
+        ValueError: If the folder holds files that the demo did not write.
+    """
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    shutil.rmtree(folder, ignore_errors=True)  # another seed splits them in another way
+    files = {path for path in folder.rglob('*') if not path.is_dir()}
+    images = set(folder.glob('*/[0-9]/[0-9][0-9][0-9][0-9].png')) if (folder / MARKER).exists() else set()
+    if others := sorted(files - images - {folder / MARKER}):
+        raise ValueError(f'the demo did not write {others[0]}; remove it, or choose another folder with --output')
+    for path in images:  # another seed splits them in another way
+        path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
     digits = load_digits()
     numbers = range(len(digits.target))
     splits = train_test_split(numbers, test_size=0.2, stratify=digits.target, random_state=seed)
@@ -244,7 +255,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     random_seed(args.seed)
     data = args.output / 'digits'
-    write_digits(data, args.seed)
+    try:
+        write_digits(data, args.seed)
+    except ValueError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
 
     model = timm.create_model(MODEL, pretrained=True, num_classes=CLASSES).to(args.device)
     print(f'{MODEL}: {sum(p.numel() for p in model.parameters()):,} parameters; images in {data}')

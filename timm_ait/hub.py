@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 from timm.utils import ParseKwargs
 
 from timm_ait import AssociativeTransformer, __version__
-from timm_ait.card import Results, default_repo, write_card
+from timm_ait.card import METRICS, Results, default_repo, write_card
 from timm_ait.checkpoint import build_model, read_checkpoint
 from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
 from timm_ait.publish import listing, publish, push
@@ -104,10 +104,10 @@ def _save(model: AssociativeTransformer, folder: Path, model_args: dict[str, Any
     model_args = {key: value for key, value in model_args.items() if value is not None}
     save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
     path = folder / 'config.json'
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding='utf-8'))
     config['pretrained_cfg']['tag'] = folder.name.partition('.')[2]
     config['pretrained_cfg']['notes'] = [f'sha256:{sha256_of(folder / FILENAME)}']
-    path.write_text(json.dumps(config, indent=2))
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
     (folder / FILENAME).chmod(path.stat().st_mode)  # safetensors makes it readable for its owner alone
 
 
@@ -134,13 +134,13 @@ def _read_results(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise ValueError(f'{path} is no JSON; validate.py writes it with --results-format json') from error
     if isinstance(content, list) and content:
         content = content[0]
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} holds no results; validate.py writes it with --results-format json')
+    if not isinstance(content, dict) or any(not isinstance(content.get(key, 0.0), (int, float)) for key in METRICS):
+        raise ValueError(f'{path} holds no results in numbers; validate.py writes it with --results-format json')
     return content
 
 
@@ -155,6 +155,15 @@ def _code_version() -> str:
     return f'{__version__} ({commit})' if Path(root) == checkout else __version__  # not that of a project around it
 
 
+class Pairs(ParseKwargs):
+    """timm's reader of KEY=VALUE, which says in a sentence what is no such pair."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, *args: Any) -> None:
+        if wrong := [value for value in values if '=' not in value]:
+            parser.error(f'expected KEY=VALUE, got {wrong[0]}')
+        super().__call__(parser, namespace, values, *args)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog='python -m timm_ait.hub', description=(__doc__ or '').partition('\n')[0])
@@ -163,13 +172,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add('checkpoint', type=Path)
     add('folder', type=Path, help="MODEL.TAG, for instance 'ait_small_patch4_32.cifar10'")
     add('--model', default='', help='entry point, if the checkpoint does not say it')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    add('--model-kwargs', nargs='*', default={}, action=Pairs, metavar='KEY=VALUE')
     add('--no-ema', action='store_true', help='take the weights as trained, not the averaged ones')
     add('--dtype', choices=DTYPES, default='float32')
     add('--results', type=Path, help='JSON of validate.py: --results-file FILE --results-format json')
     add('--dataset', default='', help="data set of the results, for instance 'CIFAR-10 (JPEG)'")
     add('--measured', default='', help='how and where the results were measured: a command, and a machine')
-    add('--compare', nargs='*', default={}, action=ParseKwargs, metavar='NAME=RESULTS', help='other models')
+    add('--compare', nargs='*', default={}, action=Pairs, metavar='NAME=RESULTS', help='other models')
     add('--batch-sizes', type=Path, metavar='RESULTS', help='JSON of benchmarks/batch_sizes.py for these weights')
     add('--commit', default='', help='commit of the code that trained the model')
     add = commands.add_parser('push', help='upload a folder to the Hub; log in first: hf auth login').add_argument

@@ -46,6 +46,7 @@ __all__ = [
 HUB_ORGANISATION = 'timm-ait'
 MIRRORS = 'TIMM_AIT_WEIGHTS'
 FILENAME = 'model.safetensors'
+PICKLE = 'pytorch_model.bin'  # as timm saves a folder unless it is told otherwise
 WEIGHTS = Path(__file__).parent / 'weights'
 SOURCES = ('file', 'state_dict', 'hf_hub_id', 'url')
 
@@ -144,7 +145,10 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
     if pinned_sha256(cfg) and (cfg.hf_hub_id or Path(cfg.file or '').parent == WEIGHTS):
         return _first_whole_copy(cfg, cache_dir)
     if cfg.file:
-        return _verified(Path(cfg.file), pinned_sha256(cfg))
+        path = _verified(Path(cfg.file), pinned_sha256(cfg))
+        if path.suffix == '.npz' and not cfg.custom_load:
+            raise WeightsError(f'{path} is a file of JAX: add custom_load=True to pretrained_cfg_overlay')
+        return path
     if cfg.hf_hub_id:
         return _from_hub(cfg, cache_dir)
     if cfg.url:
@@ -202,6 +206,9 @@ def _places(name: str, file: str | None) -> Iterator[tuple[Path, str]]:
 def _verified(path: Path, sha256: str) -> Path:
     """Verify a file on this machine. timm reads other formats than safetensors itself, with ``weights_only=True``."""
     if not path.is_file():
+        pickle = path.with_name(PICKLE)
+        if path.name == FILENAME and pickle.is_file():
+            raise WeightsError(f'there is no file {path}, but {_pickle_alone(pickle)}')
         raise WeightsError(
             f'there is no file {path}: check the path; a folder of weights holds config.json and {FILENAME}'
         )
@@ -213,6 +220,13 @@ def _verified(path: Path, sha256: str) -> Path:
     if reason:
         raise WeightsError(f'{path} {reason}: download or copy it again')
     return path
+
+
+def _pickle_alone(path: Path) -> str:
+    return (
+        f'{path.name}, a pickle, which is not read in its place: save the model with safe_serialization=True, or load '
+        f'this file with pretrained_cfg_overlay=dict(file={str(path)!r})'
+    )
 
 
 def _damage(path: Path, sha256: str) -> str:
@@ -301,7 +315,10 @@ def _download(repo: str, filename: str, revision: str | None, cache_dir: str | P
             return Path(cached)
         fault = error
     url = hf_hub_url(repo, filename, revision=revision)
-    raise WeightsError(f'no weights from {url}: {_explain(fault, cache_dir)}') from fault
+    reason, pickle = _explain(fault, cache_dir), try_to_load_from_cache(repo, PICKLE, cache_dir, revision)
+    if isinstance(fault, LocalEntryNotFoundError) and isinstance(pickle, str):
+        reason = f'the Hub was not reached, and the cache holds {_pickle_alone(Path(pickle))}'
+    raise WeightsError(f'no weights from {url}: {reason}') from fault
 
 
 def _explain(error: Exception, cache_dir: str | Path | None) -> str:

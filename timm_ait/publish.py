@@ -121,7 +121,7 @@ def _check(folder: Path) -> None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / 'config.json').read_text()))
+    return dict(json.loads((folder / 'config.json').read_text(encoding='utf-8')))
 
 
 def _pinned(folder: Path) -> str:

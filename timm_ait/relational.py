@@ -77,7 +77,7 @@ class RelationalTransformer(AssociativeTransformer):
 
     def forward(  # type: ignore[override]
         self,
-        image: Tensor,
+        x: Tensor,
         question: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
@@ -86,28 +86,28 @@ class RelationalTransformer(AssociativeTransformer):
         if torch.jit.is_scripting():
             if self.training:
                 raise ValueError('a scripted model only evaluates, its memory is fixed; call eval() on it')
-            return self.forward_head(self.run_blocks(image, question, attn_mask, is_causal))
+            return self.forward_head(self.run_blocks(x, question, attn_mask, is_causal))
         else:
-            x = plain(self.forward_features(image, question, attn_mask=attn_mask, is_causal=is_causal))
+            x = plain(self.forward_features(x, question, attn_mask=attn_mask, is_causal=is_causal))
             return self._track(self.forward_head(x))
 
     def forward_features(  # type: ignore[override]
         self,
-        image: Tensor,
+        x: Tensor,
         question: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
         """Tokens (B, N, E) of images (B, C, H, W) and questions (B, Q), after all blocks and the final norm."""
-        self._check_input(image)
-        question = without_subclass(self._check_question(image, question))
-        return self._track(self.run_blocks(without_subclass(image), question, attn_mask=attn_mask, is_causal=is_causal))
+        self._check_input(x)
+        question = without_subclass(self._check_question(x, question))
+        return self._track(self.run_blocks(without_subclass(x), question, attn_mask=attn_mask, is_causal=is_causal))
 
-    def run_blocks(self, image: Tensor, question: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def run_blocks(self, x: Tensor, question: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """:meth:`forward_features` without its checks: (B, C, H, W), (B, Q) -> (B, N, E)."""
         if question is None:
             raise ValueError('expected a question for every image, got none')
-        x = self.patch_drop(self._pos_embed(self.patch_embed(image)))
+        x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
         x = self.norm_pre(self.insert_question(x, question))
         for block in self.blocks:
             x = block(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -119,15 +119,13 @@ class RelationalTransformer(AssociativeTransformer):
         token = self.question_embed(question.to(x.dtype)).unsqueeze(1)  # (B, Q) -> (B, E) -> (B, 1, E)
         return torch.cat([x[:, :first], token, x[:, first:]], dim=1)
 
-    def forward_intermediates(  # type: ignore[override]
-        self, image: Tensor, question: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward_intermediates(self, x: Tensor, question: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The outputs of several blocks, with the other arguments and the results of timm's method of this name."""
-        checked = self._check_question(image, question)
+        checked = self._check_question(x, question)
         # timm's method knows images alone: the question enters after the last of its steps that are about patches
-        handle = self.patch_drop.register_forward_hook(lambda module, inputs, x: self.insert_question(x, checked))
+        handle = self.patch_drop.register_forward_hook(lambda module, inputs, kept: self.insert_question(kept, checked))
         try:
-            return super().forward_intermediates(image, *args, **kwargs)
+            return super().forward_intermediates(x, *args, **kwargs)
         finally:
             handle.remove()
 
@@ -141,11 +139,11 @@ class RelationalTransformer(AssociativeTransformer):
         groups = super().group_matcher(coarse)
         return dict(groups, stem=f'{groups["stem"]}|question_embed')
 
-    def _check_question(self, image: Tensor, question: Any) -> Tensor:
+    def _check_question(self, x: Tensor, question: Any) -> Tensor:
         got = tuple(question.shape) if isinstance(question, Tensor) else question
-        if not isinstance(question, torch.fx.Proxy) and got != (image.shape[0], self.question_dim):
+        if not isinstance(question, torch.fx.Proxy) and got != (x.shape[0], self.question_dim):
             raise ValueError(
-                f'expected a question for every image, shape {(image.shape[0], self.question_dim)}, got {got}; call '
+                f'expected a question for every image, shape {(x.shape[0], self.question_dim)}, got {got}; call '
                 'model(image, question), or create the model with question_dim='
             )
         return question
