@@ -186,8 +186,8 @@ def test_every_interval_in_the_text_is_one_of_the_results(page: str) -> None:
 def test_every_public_name_is_on_the_page_of_the_api() -> None:
     import timm_ait
 
-    listed = set(re.findall(r'^ +- (\w+)$', (ROOT / 'docs' / 'api.md').read_text(), re.MULTILINE))
-    assert listed == set(timm_ait.__all__)
+    first, *_ = (ROOT / 'docs' / 'api.md').read_text().split('\n## ')
+    assert set(re.findall(r'^ +- (\w+)$', first, re.MULTILINE)) == set(timm_ait.__all__)
 
 
 def test_the_readme_begins_with_what_it_is_and_its_two_commands() -> None:

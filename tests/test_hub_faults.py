@@ -25,7 +25,11 @@ def test_a_model_without_published_weights_says_what_to_do(name: str) -> None:
         timm.create_model(name, pretrained=True)
     said = str(caught.value)
     assert said.startswith(f'no weights have been published for {name}')
-    for way_out in ('benchmarks/recipes', "pretrained_cfg_overlay=dict(file='PATH')", "'ait_vit_base_patch16_224'"):
+    for way_out in (
+        'leave out pretrained=True and train it',
+        "pretrained_cfg_overlay=dict(file='PATH')",
+        "'ait_vit_base_patch16_224'",
+    ):
         assert way_out in said
 
 

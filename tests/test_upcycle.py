@@ -194,6 +194,8 @@ def test_a_file_of_jax_for_another_depth_or_by_its_name_alone_is_refused(tmp_pat
         ValueError, match=r'expected a ViT of 2 blocks in .*vit\.npz, got 12; load it into a ViT of timm'
     ):
         load(pretrained_cfg_overlay=dict(file=str(path), custom_load=True))
+    with pytest.raises(ValueError, match='expected a ViT of 2 blocks'):
+        timm.create_model('ait_vit_small_patch16_224', checkpoint_path=str(path), **TOY)
     with pytest.raises(
         WeightsError, match=r'vit\.npz is a file of JAX: add custom_load=True to pretrained_cfg_overlay'
     ):

@@ -17,7 +17,7 @@ from timm.data import (
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from .convert import check_npz, fit_pretrained
+from .convert import fit_pretrained
 from .pretrained import fetch_weights, packaged, resolve_cfg
 from .stems import ConvEmbed, NormalizedPatchEmbed
 from .transformer import AssociativeTransformer
@@ -41,8 +41,6 @@ def _create_ait(
     out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
     cfg = resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay, kwargs.get('pretrained_model_args'))
     weights = fetch_weights(cfg, cache_dir) if pretrained else None
-    if weights and weights.suffix == '.npz':
-        check_npz(weights, kwargs['depth'])
     model = build_model_with_cfg(
         model_class,
         variant,

@@ -6,6 +6,7 @@ Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .arguments import WORKSPACE_ARGS
 from .balance import is_backward_running, plain, track
+from .convert import check_npz
 from .fused import FusedWorkspace
 from .layers import is_hooked
 from .replay import in_present_mode, snapshot
@@ -256,6 +258,12 @@ class AssociativeTransformer(VisionTransformer):
         if not losses:
             return self.patch_embed.proj.weight.new_zeros(())
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load Google's file of a ViT as timm does, if it has as many blocks as this model."""
+        check_npz(Path(checkpoint_path), len(self.blocks))
+        super().load_pretrained(checkpoint_path, prefix)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn gradient checkpointing on or off.
