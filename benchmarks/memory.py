@@ -8,6 +8,7 @@ says what is tested, and what counts as a gain.
 """
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ SHAPE: dict[str, Any] = dict(
 )
 RESULT = ('variant', 'seed', 'top1', 'memory', 'arguments')
 SETTINGS = ('images', 'test_images', 'epochs', 'batch_size', 'lr')  # that the name of a run does not tell
+COSTS = Path(__file__).parent / 'results' / 'variants' / 'speed-cpu-float32.json'  # of speed.py --rows variants
 WORKSPACE: dict[str, Any] = dict(num_slots=32, slot_dim=32, write_heads=4, bottleneck=512)
 
 
@@ -90,6 +92,22 @@ def title(args: argparse.Namespace, variant: str, seed: int) -> str:
     return f'{variant}-{"attention" if args.attention else "alone"}-w{args.width}-d{args.depth}-{seed}'
 
 
+def setting_of(width: int, depth: int, attention: bool) -> str:
+    """The setting of a run, as tables say it."""
+    return f'width {width}, depth {depth}, {"with" if attention else "without"} self-attention'
+
+
+def cost_name(kind: str, variant: str, setting: str) -> str:
+    """Name of a row of speed.py: what a variant costs beside no memory, in training or inference."""
+    return f'{kind}, {variant} / none, {setting}'
+
+
+def read_costs(path: Path = COSTS) -> dict[str, float]:
+    """What speed.py has measured, by name; nothing without its file."""
+    rows = json.loads(path.read_text())['rows'] if path.is_file() else []
+    return {row['name']: row['ratio'] for row in rows}
+
+
 def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
     """Results by setting, then by variant, then by seed.
 
@@ -104,16 +122,17 @@ def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
     found: dict[str, dict[str, dict[int, Any]]] = {}
     for record in records.values():
         arguments = record['arguments']
-        mixing = 'with self-attention' if arguments['attention'] else 'without self-attention'
-        setting = f'width {arguments["width"]}, depth {arguments["depth"]}, {mixing}'
+        setting = setting_of(arguments['width'], arguments['depth'], arguments['attention'])
         found.setdefault(setting, {name: {} for name in VARIANTS})[record['variant']][record['seed']] = record
     return {setting: {name: seeds for name, seeds in rows.items() if seeds} for setting, rows in found.items()}
 
 
 def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
-    """Accuracy with its interval, and the difference to no memory over the same seeds."""
+    """Accuracy with its interval, the difference to no memory over the same seeds, and the cost beside it."""
+    costs = read_costs()
     heading = '| setting | memory | trained parameters, M | seeds | top-1, % | less that of no memory | training loss '
-    lines = [f'{heading}| slots: cosine, rank | retrieval varies, % |', '|---|---|---|---|---|---|---|---|---|']
+    lines = [f'{heading}| slots: cosine, rank | retrieval varies, % | cost: training, inference |']
+    lines.append('|---|---|---|---|---|---|---|---|---|---|')
     for setting, rows in found.items():
         for variant, seeds in rows.items():
             top1, control = top1_of(seeds), top1_of(rows.get('none', {}))
@@ -124,9 +143,11 @@ def table(found: dict[str, dict[str, dict[int, Any]]]) -> str:
             varies = f'{100 * mean["varies_over_tokens"]:.0f}' if mean else ''
             less = '' if variant == 'none' else format_mean(gains(top1, control), '+')
             parameters = next(iter(seeds.values()))['parameters'] / 1e6
+            names = [cost_name(kind, variant, setting) for kind in ('training', 'inference')]
+            cost = ', '.join(f'{costs[name]:.2f}' for name in names if name in costs)
             lines.append(
                 f'| {setting} | {variant} | {parameters:.2f} | {len(seeds)} '
-                f'| {format_mean(list(top1.values()))} | {less} | {loss:.3f} | {slots} | {varies} |'
+                f'| {format_mean(list(top1.values()))} | {less} | {loss:.3f} | {slots} | {varies} | {cost} |'
             )
     lines += ['', '| setting | memory | less that of | difference |', '|---|---|---|---|']
     for setting, rows in found.items():

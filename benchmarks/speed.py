@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --device cuda --peak-tflops 989
     python benchmarks/speed.py --threads 2
+    python benchmarks/speed.py --threads 1 --rows variants --batch-sizes 128    # the models of memory.py
 
 A training step is forward, loss, backward and AdamW. Beside each measured ratio stand the ratio of the matrix work
 alone (floor) and that of the memory traffic alone. The script prints a table, and writes the numbers of every round and
@@ -16,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import memory
 import timm
 import torch
 import torch.nn.functional as F
@@ -43,7 +45,7 @@ Args = argparse.Namespace
 Case = tuple[str, Callable[[str], Row]]
 
 RULES = {'distinct': IMAGE, 'additive': ADDITIVE}  # of a memory for each image
-ROWS = ('inference', 'training', 'memory', 'unfused', 'depth', 'tokens', 'authors', 'image', 'attention')
+ROWS = ('inference', 'training', 'memory', 'unfused', 'depth', 'tokens', 'authors', 'image', 'attention', 'variants')
 SIZES = ('small', 'medium', 'base')
 LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
     '32': {size: (f'ait_{size}_patch4_32', {}) for size in SIZES},
@@ -214,6 +216,16 @@ def image_cases(args: Args) -> Iterator[Case]:
         yield name, partial(timed, sides=sides, goal=None, at_least=True)
 
 
+def variant_cases(args: Args) -> Iterator[Case]:
+    """Compare the small models of memory.py with the one without memory."""
+    variants = [name for name in memory.VARIANTS if name != 'none']
+    for attention, variant, batch, kind in product((False, True), variants, args.batch_sizes, (training, inference)):
+        builds = [partial(memory.create, name, attention, 128, 2) for name in (variant, 'none')]
+        sides = tuple(partial(kind, build, batch, args) for build in builds)
+        name = memory.cost_name(kind.__name__, variant, memory.setting_of(128, 2, attention))
+        yield name, partial(time_with(args), sides=sides, goal=None)
+
+
 def time_with(args: Args) -> Callable[..., Row]:
     """Return :func:`time_sides` with the options of the command line."""
     turn = 0.0 if args.quick else TURN
@@ -237,7 +249,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='bfloat16 means autocast')
     parser.add_argument('--compile', action='store_true', help='compile both sides with torch.compile')
-    parser.add_argument('--rows', nargs='+', choices=ROWS, default=ROWS)
+    parser.add_argument('--rows', nargs='+', choices=ROWS, default=ROWS[:-1])
     parser.add_argument('--layouts', nargs='+', choices=tuple(LAYOUTS))
     parser.add_argument('--sizes', nargs='+', choices=SIZES)
     parser.add_argument('--batch-sizes', nargs='+', type=positive)
@@ -285,8 +297,9 @@ def run_all(args: Args) -> None:
     torch.manual_seed(0)
     keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []
+    variants = variant_cases(args) if 'variants' in args.rows else []
     rows: list[Row] = []
-    for row in measure([*model_cases(args), *depth, *workspace_cases(args), *image_cases(args)]):
+    for row in measure([*model_cases(args), *depth, *workspace_cases(args), *image_cases(args), *variants]):
         rows.append(row)
         write_record(stem.with_suffix('.json'), arguments, {'rows': [asdict(row) for row in rows]})
     print(table(rows, args.peak_tflops))

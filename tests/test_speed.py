@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import memory
 import pytest
 import speed
 import timm
@@ -102,6 +103,16 @@ def test_numbers_of_other_arguments_are_not_written_over(measured: Path, capsys:
         speed.main(['--quick', '--out', str(measured)])
     assert 'holds what was measured with these arguments; remove it, or give another --out' in capsys.readouterr().err
     assert (measured / 'speed-cpu-float32.json').read_bytes() == before
+
+
+def test_the_variants_of_the_memory_stand_beside_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, 'VARIANTS', {name: memory.VARIANTS[name] for name in ('none', 'additive')})
+    speed.main(['--quick', '--rows', 'variants', '--out', str(tmp_path)])
+    assert list(memory.read_costs(tmp_path / 'speed-cpu-float32.json')) == [
+        f'{kind}, additive / none, width 128, depth 2, {mixing} self-attention'
+        for mixing in ('without', 'with')
+        for kind in ('training', 'inference')
+    ]
 
 
 @pytest.mark.parametrize(
