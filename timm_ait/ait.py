@@ -128,7 +128,7 @@ default_cfgs = generate_default_cfgs(
         **_vit_cfgs('ait_vit_base_patch16_224'),
         'ait_tiny_conv4_32.cifar10': _cifar_cfg(
             first_conv='patch_embed.backbone.0.conv',
-            **packaged('ait_tiny_conv4_32.cifar10', '513a0a9be8c0f4d7a868a1a3b55de587188f4ef317e0966592f626fb3bd9efba'),
+            **packaged('ait_tiny_conv4_32.cifar10', '8c68587bc3efc1f01d1f520757d6fe806ed5c64c0a0594ea5677d7ea736be902'),
         ),
         'test_ait.cifar10': _cifar_cfg(
             **packaged('test_ait.cifar10', '166e22d2bf87f0e21c0bee95c88e22802ffce3ab3b62759deaec6305560bd51c')
