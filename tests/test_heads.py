@@ -72,6 +72,15 @@ def test_an_unknown_model_or_a_missing_folder_is_named(tmp_path: Path, capsys: p
         assert message in capsys.readouterr().err
 
 
+def test_the_published_counts_are_those_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(heads.__file__).parent
+    for path in sorted((folder / 'results' / 'heads').glob('*.json')):
+        shares = json.loads(path.read_text())['shares']
+        heads.print_table({name: torch.tensor(layer) for name, layer in shares.items()})
+        *_, last = capsys.readouterr().out.splitlines()
+        assert last.replace('| all |', f'| {path.stem} |') in (folder / 'PAPER.md').read_text()
+
+
 def test_it_prints_a_row_a_layer_and_draws_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_noise(tmp_path, 'ab', 3)
     picture = tmp_path / 'heads.png'
