@@ -28,11 +28,11 @@ from loop import Data, Run, Settings, checksum, evaluate, fit, load
 from record import check_device, check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
 from timm.optim import list_optimizers
-from timm.utils import ParseKwargs
 from torch import nn
 
 from timm_ait.arguments import WORKSPACE_ARGS
 from timm_ait.datasets import AssociativeRecall, SortOfClevr, Triangle
+from timm_ait.hub import Pairs
 from timm_ait.sort_of_clevr import KINDS
 
 ROWS = (*ablations.NAMES, *baselines.CATALOGUE)
@@ -299,7 +299,7 @@ def make_parser(doc: str | None = __doc__) -> argparse.ArgumentParser:
         '--model-kwargs',
         nargs='*',
         default={},
-        action=ParseKwargs,
+        action=Pairs,
         metavar='KEY=VALUE',
         help='of the workspaces, for rows of AiT, for instance bottleneck=64 beta=2',
     )

@@ -204,6 +204,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'of vit_small may be none, as it is no AiT; got beta': [
             *('triangle', '--rows', 'ait', 'vit_small', '--model-kwargs', 'beta=2')
         ],
+        'expected KEY=VALUE, got beta': ['triangle', '--rows', 'ait', '--model-kwargs', 'beta'],
         'got write_rule': ['triangle', '--rows', 'ait_additive', '--model-kwargs', 'write_rule=published'],
         'bottleneck must be an integer of at least 1, got 0': [
             *('triangle', *TOY, '--rows', 'ait', '--model-kwargs', 'bottleneck=0')
