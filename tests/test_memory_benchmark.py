@@ -16,6 +16,7 @@ import variants
 from models import memories
 from photographs import write_noise
 from runs import count_parameters
+from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import to_pil_image
 
 from timm_ait import GlobalWorkspace
@@ -72,6 +73,16 @@ def test_the_control_for_train_py_is_the_model_without_memory() -> None:
         for block in control.blocks:
             block.mlp.memory.normal_()
         assert torch.equal(control(x), before)
+
+
+def test_the_vit_beside_the_packaged_model_has_its_size_and_sees_its_images() -> None:
+    vit, model = (timm.create_model(name).eval() for name in ('vit_tiny_conv4_32', 'ait_tiny_conv4_32'))
+    assert not any(isinstance(layer, GlobalWorkspace) for layer in vit.modules())
+    counts = [sum(p.numel() for p in each.parameters()) for each in (vit, model)]
+    assert abs(counts[0] / counts[1] - 1) < 0.02
+    tokens, wanted = (each.forward_features(torch.randn(2, 3, 32, 32)) for each in (vit, model))
+    assert tokens.shape == wanted.shape
+    assert resolve_model_data_config(vit) == resolve_model_data_config(model)
 
 
 def test_a_whole_copy_keeps_what_all_slots_read_alike_and_the_memory_that_starts_it_stays_orthogonal() -> None:
