@@ -8,7 +8,6 @@ says what is tested, and what counts as a gain.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -104,8 +103,8 @@ def cost_name(kind: str, variant: str, setting: str) -> str:
 
 def read_costs(path: Path = COSTS) -> dict[str, float]:
     """What speed.py has measured, by name; nothing without its file."""
-    rows = json.loads(path.read_text())['rows'] if path.is_file() else []
-    return {row['name']: row['ratio'] for row in rows}
+    records = read_records(path.parent, ['rows'], path.name).values()
+    return {row['name']: row['ratio'] for record in records for row in record['rows']}
 
 
 def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:

@@ -349,8 +349,8 @@ def complete(args: argparse.Namespace, argv: list[str] | None, script: str = 'ta
         if getattr(args, name) is None:
             setattr(args, name, value)
     words = sys.argv[1:] if argv is None else argv
-    words = ['DIR' if args.data is not None and word == str(args.data) else word for word in words]
-    args.command = shlex.join(['python', f'benchmarks/{script}', *words])
+    folders = {str(args.data): 'DIR', str(args.out): 'OUT'}  # those of one machine tell nobody anything
+    args.command = shlex.join(['python', f'benchmarks/{script}', *(folders.get(word, word) for word in words)])
     return args
 
 

@@ -158,3 +158,8 @@ def test_a_card_shows_the_accuracy_at_each_batch_size_of_the_evaluation(tmp_path
     assert 'batch size' not in export(tmp_path / 'one')
     card = export(tmp_path / 'two', options=dict(batch_sizes=tmp_path / 'sizes.json'))
     assert '| batch size | 1 | 64 |\n|---|---|---|\n| ours: top-1, % | 70.50 | 70.50 |' in card
+    for wrong in ({'top1': 70.5}, {'batch_sizes': {}}, {'batch_sizes': [1]}, {'batch_sizes': {'ours': {'1': 70.5}}}):
+        (tmp_path / 'wrong.json').write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r'wrong\.json holds no batch sizes; benchmarks/batch_sizes\.py writes it'):
+            export(tmp_path / 'three', options=dict(batch_sizes=tmp_path / 'wrong.json'))
+    assert not (tmp_path / 'three' / NAME).exists()

@@ -167,6 +167,7 @@ def test_a_missing_or_wrong_question_is_refused_with_what_was_expected() -> None
     [
         (dict(question_dim=0), 'question_dim must be an integer of at least 1, got 0'),
         (dict(question_dim=2.5), 'question_dim must be an integer of at least 1, got 2.5'),
+        (dict(question_dim=True), 'question_dim must be an integer of at least 1, got True'),
         (dict(no_embed_class=False), 'only patches have a position'),
         (dict(img_size=16), r'the nearest sizes below are \(15, 15\)'),
     ],

@@ -55,6 +55,7 @@ def test_cifar10_runs_resumes_and_is_shown(
     assert record['command'].startswith('python benchmarks/tables.py cifar10 DIR --width 16 --depth 1')
     assert record['arguments']['width'] == 16
     assert str(folder) not in json.dumps(record)
+    assert record['command'].endswith('--out OUT')
     assert not list((tmp_path / 'checkpoints').iterdir())
 
     capsys.readouterr()

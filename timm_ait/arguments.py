@@ -5,14 +5,15 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ['WORKSPACE_ARGS', 'check_limits']
+__all__ = ['WORKSPACE_ARGS', 'check_limits', 'is_count']
 
 WRITE_MODES = ('train', 'always', 'never')
 WRITE_RULES = ('published', 'distinct', 'additive')
 WRITE_SCOPES = ('batch', 'image')
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value is an integer of at least 1."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
@@ -20,7 +21,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_COUNT = (_is_count, 'an integer of at least 1, got {!r}; leave it out for the default')
+_COUNT = (is_count, 'an integer of at least 1, got {!r}; leave it out for the default')
 # What each argument must be, and how an error says it.
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(('num_slots', 'slot_dim', 'write_heads', 'bottleneck', 'retrieval_steps'), _COUNT),

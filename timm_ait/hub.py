@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 from timm.utils import ParseKwargs
 
 from timm_ait import AssociativeTransformer, __version__
-from timm_ait.card import METRICS, Results, default_repo, write_card
+from timm_ait.card import METRICS, Results, batch_table, default_repo, write_card
 from timm_ait.checkpoint import build_model, read_checkpoint
 from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
 from timm_ait.publish import listing, publish, push
@@ -78,7 +78,7 @@ def export(
         dataset,
         measured,
         others={name: _read_results(Path(path)) for name, path in (compare or {}).items()},
-        batch_sizes=_read_results(batch_sizes).get('batch_sizes', {}),
+        batch_sizes=_read_batch_sizes(batch_sizes),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -142,6 +142,17 @@ def _read_results(path: Path | None) -> dict[str, Any]:
     if not isinstance(content, dict) or any(not isinstance(content.get(key, 0.0), (int, float)) for key in METRICS):
         raise ValueError(f'{path} holds no results in numbers; validate.py writes it with --results-format json')
     return content
+
+
+def _read_batch_sizes(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        found = _read_results(path)['batch_sizes']
+        batch_table(found)
+    except (StopIteration, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f'{path} holds no batch sizes; benchmarks/batch_sizes.py writes it') from error
+    return dict(found)
 
 
 def _code_version() -> str:

@@ -11,6 +11,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .ait import _TEST, _cfg, _create_ait, _paper
+from .arguments import is_count
 from .balance import plain
 from .transformer import AssociativeTransformer, without_subclass
 
@@ -46,7 +47,7 @@ class RelationalTransformer(AssociativeTransformer):
         no_embed_class: bool = True,
         **vit_args: Any,
     ) -> None:
-        if not isinstance(question_dim, int) or question_dim < 1:
+        if not is_count(question_dim):
             raise ValueError(f'question_dim must be an integer of at least 1, got {question_dim!r}; 18 is usual')
         if not no_embed_class:
             raise ValueError('only patches have a position here, got no_embed_class=False; leave it out')
