@@ -6,13 +6,12 @@
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from baselines import HEADS, LIKE_VIT_B, Baseline, Head, Stem
-from mixers import CrossAttention, ViT
+from mixers import ViT
 from runs import count_parameters
 from torch import Tensor, nn
 from variants import (
@@ -46,12 +45,6 @@ class RegisterViT(ViT):
         return self.blocks(torch.cat([registers, x], dim=1))[:, len(self.registers) :], x.new_zeros(())
 
 
-def add_cross_attention(block: Any) -> None:
-    """Put a cross-attention in the place of the linear transform, which nothing reads then."""
-    block.mlp.linear_transform.requires_grad_(False)
-    block.mlp.cross_attention = CrossAttention(block.mlp.in_features, block.mlp.slot_dim, block.mlp.write_heads)
-
-
 @dataclass(frozen=True)
 class Ablation:
     """What changes.
@@ -60,13 +53,11 @@ class Ablation:
         text: In words.
         layer: The workspace.
         args: Keywords of the model.
-        change: What to do with each block in the end.
     """
 
     text: str
     layer: type[GlobalWorkspace] = GlobalWorkspace
     args: dict[str, Any] = field(default_factory=dict)
-    change: Callable[[Any], None] = lambda block: None
 
 
 ABLATIONS: dict[str, Ablation] = {
@@ -74,7 +65,7 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_detached': Ablation('no gradient reaches the write, as in the published code', args=dict(write_grad=False)),
     'ait_no_bottleneck': Ablation('slots attend to all tokens', args=dict(bottleneck=ALL_TOKENS)),
     'ait_no_memory': Ablation('no memory', NoMemory, dict(write_mode='never')),
-    'ait_cross_attention': Ablation('cross-attention reads the memory', CrossAttentionRead, {}, add_cross_attention),
+    'ait_cross_attention': Ablation('cross-attention reads the memory', CrossAttentionRead),
     'ait_no_balance': Ablation('no balance loss', args=dict(balance_weight=0.0)),
     'ait_reset': Ablation('the memory starts anew every epoch', ResetMemory),
     'ait_frozen': Ablation('orthogonal slots that nothing writes', OrthogonalMemory, dict(write_mode='never')),
@@ -140,7 +131,7 @@ def create(
     if question_dim:
         sizes['question_dim'] = question_dim
     base = RelationalTransformer if question_dim else AssociativeTransformer
-    model = type(base.__name__, (base,), {'workspace_layer': ablation.layer})(
+    return type(base.__name__, (base,), {'workspace_layer': ablation.layer})(
         img_size=img_size,
         patch_size=patch_size,
         in_chans=in_chans,
@@ -157,9 +148,6 @@ def create(
         norm_layer=nn.LayerNorm,
         **{**sizes, **ablation.args},
     )
-    for block in model.blocks:
-        ablation.change(block)
-    return model
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -43,11 +43,9 @@ class Settings:
         batch_size: The last images of an epoch are left out if they fill no batch.
         opt: Optimizer, as timm calls it.
         weight_decay: Not applied to norms and biases.
-        sched: Schedule of the learning rate, as timm calls it.
         warmup: Share of the steps in which the learning rate grows.
         warmup_lr: First learning rate.
         min_lr: Last learning rate.
-        clip: Largest norm of the gradient; None for no limit.
         flip: Mirror every image with probability 1/2.
         shift: Move every image by up to so many pixels in x and y; its edge is reflected.
         turn: Turn every image by 0, 90, 180 or 270 degrees. With ``flip``, one of the eight symmetries of a square.
@@ -63,11 +61,9 @@ class Settings:
     batch_size: int = 128
     opt: str = 'adamw'
     weight_decay: float = 0.05
-    sched: str = 'cosine'
     warmup: float = 0.1
     warmup_lr: float = 1e-5
     min_lr: float = 0.0
-    clip: float | None = 1.0
     flip: bool = True
     shift: int = 2
     turn: bool = False
@@ -221,7 +217,7 @@ class Run:
         )
         self.schedule, _ = create_scheduler_v2(
             self.optimizer,
-            sched=settings.sched,
+            sched='cosine',
             num_epochs=steps,  # for timm, each step is an epoch of one update
             updates_per_epoch=1,
             step_on_epochs=False,
@@ -250,8 +246,7 @@ class Run:
             loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()
-        if settings.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
         correct = (logits.argmax(dim=-1) == labels).sum()

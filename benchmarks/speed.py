@@ -52,14 +52,12 @@ LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
     '224': {size: (f'ait_{size}', {}) for size in SIZES},
     'toy': {size: ('test_ait', {'depth': depth}) for size, depth in zip(SIZES, (1, 2, 4), strict=True)},
 }
-DEFAULTS = {
-    'cpu': {'layouts': ['32'], 'sizes': ['small'], 'batch_sizes': [32, 128], 'tokens': [4096, 16384, 65536, 262144]}
-    | {'dtype': 'float32', 'rounds': 11, 'image_tokens': [256, 1024, 4096, 16384]},
-    'cuda': {'layouts': ['32', '224'], 'sizes': SIZES, 'batch_sizes': [256], 'tokens': [4096, 16384, 65536, 262144]}
-    | {'dtype': 'bfloat16', 'rounds': 15, 'image_tokens': [256, 1024, 4096, 16384]},
+TOKENS = dict(tokens=[4096, 16384, 65536, 262144], image_tokens=[256, 1024, 4096, 16384])
+DEFAULTS: dict[str, dict[str, Any]] = {
+    'cpu': dict(TOKENS, layouts=['32'], sizes=['small'], batch_sizes=[32, 128], dtype='float32', rounds=11),
+    'cuda': dict(TOKENS, layouts=['32', '224'], sizes=SIZES, batch_sizes=[256], dtype='bfloat16', rounds=15),
 }
-QUICK = {'layouts': ['toy'], 'sizes': ['small'], 'batch_sizes': [2], 'tokens': [64, 128]}
-QUICK |= {'rounds': 2, 'image_tokens': [8, 16]}
+QUICK = dict(layouts=['toy'], sizes=['small'], batch_sizes=[2], tokens=[64, 128], image_tokens=[8, 16], rounds=2)
 TURN = 0.2  # seconds; long enough that the resolution of the clock and the delay of a launch do not matter
 WIDTH, IMAGE_TOKENS, HEADS = 768, 64, 12  # of a layer alone, as in the paper
 
@@ -206,14 +204,14 @@ def image_cases(args: Args) -> Iterator[Case]:
         sides = tuple(partial(kind, build, batch, args) for build in builds)
         model = LAYOUTS[layout][size][0]
         name = f'{kind.__name__}, {rule} memory of each image / memory of the batch, {model}, batch {batch}'
-        yield name, partial(timed, sides=sides, goal=None)
+        yield name, partial(timed, sides=sides)
     lengths = args.image_tokens if 'attention' in args.rows else []
     for tokens, rule, is_training in product(lengths, args.rules, (False, True)):
         builds = (partial(GlobalWorkspace, WIDTH, 1, **RULES[rule]), partial(Attention, WIDTH, HEADS))
         sides = tuple(partial(layer_alone, build, 1, tokens, is_training, args) for build in builds)
         use = 'training' if is_training else 'inference'
         name = f'speed in {use}, {rule} memory of an image / self-attention, {tokens} tokens'
-        yield name, partial(timed, sides=sides, goal=None, at_least=True)
+        yield name, partial(timed, sides=sides, at_least=True)
 
 
 def variant_cases(args: Args) -> Iterator[Case]:
@@ -223,7 +221,7 @@ def variant_cases(args: Args) -> Iterator[Case]:
         builds = [partial(memory.create, name, attention, 128, 2) for name in (variant, 'none')]
         sides = tuple(partial(kind, build, batch, args) for build in builds)
         name = memory.cost_name(kind.__name__, variant, memory.setting_of(128, 2, attention))
-        yield name, partial(time_with(args), sides=sides, goal=None)
+        yield name, partial(time_with(args), sides=sides)
 
 
 def time_with(args: Args) -> Callable[..., Row]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mixers import CrossAttention
 from torch import Tensor, nn
 
 from timm_ait import GlobalWorkspace
@@ -54,6 +55,11 @@ class WholeCopy(GlobalWorkspace):
 
 class CrossAttentionRead(GlobalWorkspace):
     """Tokens read the memory by attention with projections, in ``write_heads`` heads, and not by Hopfield retrieval."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.linear_transform.requires_grad_(False)  # nothing reads it
+        self.cross_attention = CrossAttention(self.in_features, self.slot_dim, self.write_heads)
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
         """``h + attention(h, gamma)``: (B, N, E)."""

@@ -142,6 +142,14 @@ def test_a_comparison_has_a_row_for_each_result_that_is_given(tmp_path: Path) ->
     assert f'{table}| {NAME} | 0.67 | 71.5 |  |\n| ViT | 0.66 | 70.25 | 97.5 |\n' in card
 
 
+@pytest.mark.parametrize('option', ['results', 'compare'])
+def test_a_file_without_results_is_refused(tmp_path: Path, option: str) -> None:
+    (tmp_path / 'other.json').write_text(json.dumps({'acc': 71.5}))
+    wrong = tmp_path / 'other.json' if option == 'results' else {'ViT': tmp_path / 'other.json'}
+    with pytest.raises(ValueError, match=r'other\.json holds no top1 or top5 or metric; is it the result of another'):
+        export(tmp_path / 'one', options={option: wrong})
+
+
 def test_a_card_says_how_its_results_were_measured(tmp_path: Path) -> None:
     (tmp_path / 'mine.json').write_text(json.dumps({'top1': 71.5}))
     options: dict[str, Any] = dict(results=tmp_path / 'mine.json')

@@ -249,6 +249,14 @@ def test_images_of_a_tensor_subclass_bring_the_balance_loss(wrap: Callable[[Tens
     assert_like_the_sum(lambda m, x: m.forward_intermediates(wrap(x))[0].square().mean() / 4, scale=1 / 4)
 
 
+def test_a_mask_of_a_tensor_subclass_does_so_too() -> None:
+    def step(model: AssociativeTransformer, x: Tensor) -> Tensor:
+        tokens = model.patch_embed.num_patches
+        return F.cross_entropy(model(x, attn_mask=torch.zeros(tokens, tokens).as_subclass(Annotated)), TARGET) / 4
+
+    assert_like_the_sum(step, scale=1 / 4)
+
+
 # Compilers
 
 

@@ -146,6 +146,19 @@ def test_tokens_of_a_map_and_of_later_stages_have_their_own_grid() -> None:
     assert blocks[2].on_grid(blocks[2].shares.transpose(1, 2)).shape == (B, 3, 1, 4)
 
 
+def test_a_stem_that_does_not_know_its_grid_gives_a_row_of_tokens() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed = nn.Conv2d(3, 8, 8, stride=8)
+            self.workspace = GlobalWorkspace(8, num_slots=3, slot_dim=5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.workspace(self.patch_embed(x).flatten(2).mT)
+
+    assert [block.grid for block in inspect(Plain(), images(B))] == [(1, N)]
+
+
 def test_a_layer_that_reads_in_another_way_is_named() -> None:
     with pytest.raises(ValueError, match='nothing was retrieved in a workspace of class Unread'):
         inspect(Unread(8), torch.randn(2, 5, 8))

@@ -28,7 +28,7 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 UPCYCLED: dict[str, Any] = dict(retrieval_scale=0.0)
 
 
-def _create_ait(
+def create_ait(
     variant: str,
     pretrained: bool = False,
     pretrained_cfg: str | dict[str, Any] | None = None,
@@ -62,7 +62,8 @@ def _create_ait(
     return model
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def make_cfg(**kwargs: Any) -> dict[str, Any]:
+    """The config of weights in timm's form, with what all models here share."""
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
@@ -84,7 +85,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     cifar = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, mean=CIFAR10_MEAN, std=CIFAR10_STD)
-    return _cfg(**dict(cifar, **kwargs))
+    return make_cfg(**dict(cifar, **kwargs))
 
 
 def _vit_cfgs(name: str) -> dict[str, dict[str, Any]]:
@@ -104,7 +105,7 @@ def _vit_cfgs(name: str) -> dict[str, dict[str, Any]]:
         'mae': dict(num_classes=0, license='cc-by-nc-4.0', **imagenet),
     }
     return {
-        f'{name}.{tag}': _cfg(
+        f'{name}.{tag}': make_cfg(
             hf_hub_id=f'timm/vit_base_patch16_224.{tag}',
             hf_hub_filename='model.safetensors',
             description='The weights of a ViT, not trained as an AiT: a start for fine-tuning',
@@ -117,9 +118,9 @@ def _vit_cfgs(name: str) -> dict[str, dict[str, Any]]:
 # A tag has weights, for timm.list_pretrained and pretrained=True, where its config names their file.
 default_cfgs = generate_default_cfgs(
     {
-        'ait_small.untrained': _cfg(),
-        'ait_medium.untrained': _cfg(),
-        'ait_base.untrained': _cfg(),
+        'ait_small.untrained': make_cfg(),
+        'ait_medium.untrained': make_cfg(),
+        'ait_base.untrained': make_cfg(),
         'ait_small_patch4_32.cifar10': _cifar_cfg(),
         'ait_medium_patch4_32.cifar10': _cifar_cfg(),
         'ait_base_patch4_32.cifar10': _cifar_cfg(),
@@ -142,7 +143,7 @@ def _vit_b16(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(dict(patch_size=16, embed_dim=768, depth=depth, num_heads=12), **kwargs)
 
 
-def _paper(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+def paper_args(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the paper's CIFAR models: no class token, position embedding, final norm or qkv bias."""
     model_args: dict[str, Any] = dict(
         patch_size=4,
@@ -162,61 +163,61 @@ def _paper(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 # The sizes of the models for tests.
-_TEST = dict(embed_dim=128, num_heads=4, mlp_ratio=2.0, num_slots=16, slot_dim=16, write_heads=4)
+TEST_ARGS = dict(embed_dim=128, num_heads=4, mlp_ratio=2.0, num_slots=16, slot_dim=16, write_heads=4)
 
 
 @register_model
 def ait_small(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Small in ViT-B/16 layout: depth 2."""
-    return _create_ait('ait_small', pretrained, **_vit_b16(2, kwargs))
+    return create_ait('ait_small', pretrained, **_vit_b16(2, kwargs))
 
 
 @register_model
 def ait_medium(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Medium in ViT-B/16 layout: depth 6."""
-    return _create_ait('ait_medium', pretrained, **_vit_b16(6, kwargs))
+    return create_ait('ait_medium', pretrained, **_vit_b16(6, kwargs))
 
 
 @register_model
 def ait_base(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Base in ViT-B/16 layout: depth 12."""
-    return _create_ait('ait_base', pretrained, **_vit_b16(12, kwargs))
+    return create_ait('ait_base', pretrained, **_vit_b16(12, kwargs))
 
 
 @register_model
 def ait_small_patch4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Small of the paper's CIFAR experiments: depth 2, 15.7 M parameters."""
-    return _create_ait('ait_small_patch4_32', pretrained, **_paper(2, kwargs))
+    return create_ait('ait_small_patch4_32', pretrained, **paper_args(2, kwargs))
 
 
 @register_model
 def ait_medium_patch4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Medium of the paper's CIFAR experiments: depth 6, 45.8 M parameters."""
-    return _create_ait('ait_medium_patch4_32', pretrained, **_paper(6, kwargs))
+    return create_ait('ait_medium_patch4_32', pretrained, **paper_args(6, kwargs))
 
 
 @register_model
 def ait_base_patch4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Base of the paper's CIFAR experiments: depth 12, 90.9 M parameters."""
-    return _create_ait('ait_base_patch4_32', pretrained, **_paper(12, kwargs))
+    return create_ait('ait_base_patch4_32', pretrained, **paper_args(12, kwargs))
 
 
 @register_model
 def ait_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Small that starts from blocks 0 and 11 of a ViT-B/16: depth 2. To be fine-tuned before it is of use."""
-    return _create_ait('ait_vit_small_patch16_224', pretrained, **_vit_b16(2, dict(UPCYCLED, **kwargs)))
+    return create_ait('ait_vit_small_patch16_224', pretrained, **_vit_b16(2, dict(UPCYCLED, **kwargs)))
 
 
 @register_model
 def ait_vit_medium_patch16_224(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Medium that starts from blocks 0, 2, 4, 7, 9, 11 of a ViT-B/16. To be fine-tuned before it is of use."""
-    return _create_ait('ait_vit_medium_patch16_224', pretrained, **_vit_b16(6, dict(UPCYCLED, **kwargs)))
+    return create_ait('ait_vit_medium_patch16_224', pretrained, **_vit_b16(6, dict(UPCYCLED, **kwargs)))
 
 
 @register_model
 def ait_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """AiT-Base that starts as a ViT-B/16, with its logits: each block keeps the ViT's path, retrieval grows from 0."""
-    return _create_ait('ait_vit_base_patch16_224', pretrained, **_vit_b16(12, dict(UPCYCLED, **kwargs)))
+    return create_ait('ait_vit_base_patch16_224', pretrained, **_vit_b16(12, dict(UPCYCLED, **kwargs)))
 
 
 @register_model
@@ -240,10 +241,10 @@ def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTra
         write_heads=4,
         memory_decay=0.5,
     )
-    return _create_ait('ait_tiny_conv4_32', pretrained, **dict(model_args, **kwargs))
+    return create_ait('ait_tiny_conv4_32', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_ait(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
     """The paper's CIFAR model in small, for tests: depth 4, width 128, 0.7 M parameters."""
-    return _create_ait('test_ait', pretrained, **_paper(4, dict(_TEST, **kwargs)))
+    return create_ait('test_ait', pretrained, **paper_args(4, dict(TEST_ARGS, **kwargs)))

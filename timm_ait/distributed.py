@@ -17,7 +17,6 @@ def is_distributed(group: Any = None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-@torch.no_grad()
 def merge_ranks(heads: Tensor, lse: Tensor, group: Any = None) -> Tensor:
     """What the heads have read from the tokens of all ranks, by one collective of S*M*(D + 1) numbers.
 
@@ -45,7 +44,6 @@ def merge_heads(heads: Tensor, lse: Tensor) -> Tensor:
     return (lse.softmax(dim=0).unsqueeze(-1) * heads.nan_to_num()).sum(dim=0)
 
 
-@torch.no_grad()
 def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
     """The sum of ``x`` over the ranks of the group, in the shape of ``x``."""
     x = x.clone()

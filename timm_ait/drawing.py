@@ -48,7 +48,6 @@ def require_matplotlib() -> None:
 
 def _figure(width: float, height: float) -> Any:
     """An empty figure; sizes in inches."""
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout='constrained', facecolor='white')

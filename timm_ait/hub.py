@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def _load(folder: Path) -> AssociativeTransformer:
         return model.to(file.get_tensor('patch_embed.proj.weight').dtype)
 
 
-def _read_results(path: Path | None) -> dict[str, Any]:
+def _read_results(path: Path | None, names: Iterable[str] = METRICS) -> dict[str, Any]:
+    """Read what was measured; {} without a file. At least one of these names must stand in it."""
     if path is None:
         return {}
     try:
@@ -141,6 +143,8 @@ def _read_results(path: Path | None) -> dict[str, Any]:
         content = content[0]
     if not isinstance(content, dict) or any(not isinstance(content.get(key, 0.0), (int, float)) for key in METRICS):
         raise ValueError(f'{path} holds no results in numbers; validate.py writes it with --results-format json')
+    if not content.keys() & set(names):
+        raise ValueError(f'{path} holds no {" or ".join(names)}; is it the result of another script?')
     return content
 
 
@@ -148,7 +152,7 @@ def _read_batch_sizes(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = _read_results(path)['batch_sizes']
+        found = _read_results(path, ['batch_sizes'])['batch_sizes']
         batch_table(found)
     except (StopIteration, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f'{path} holds no batch sizes; benchmarks/batch_sizes.py writes it') from error

@@ -95,8 +95,8 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
     """
     if len(images) == 0:
         raise ValueError(f'expected at least one image (B, C, H, W), got {tuple(images.shape)}')
-    stems = (module.patch_embed for module in model.modules() if hasattr(module, 'patch_embed'))  # a wrapper hides it
-    patches: Any = next(stems, None)
+    stems = (getattr(module, 'patch_embed', None) for module in model.modules())  # a wrapper hides it
+    patches: Any = next((stem for stem in stems if hasattr(stem, 'dynamic_feat_size')), None)  # timm's know their grid
     grid = patches.dynamic_feat_size(images.shape[-2:]) if patches is not None else None
     found: list[BlockInspection] = []
     with watch(model) as sums:

@@ -27,7 +27,7 @@ OPEN = '<details open="">'
 TABLE = (
     'Look first at how much the retrieval varies over tokens. Near 0 % every token retrieves the same, and the memory '
     'is a constant. A mean cosine of 1 says that all slots are one point. The lengths and the variation are root mean '
-    'squares; effective rank and slots in use count from 1 to all slots.'
+    'squares; slots in use count from 1 to all slots, effective rank no further than the width of a slot.'
 )
 ALIKE = (
     f'Twins are slots of a cosine above {TWINS}. A dead slot gets less than {DEAD} of an even share of the retrieval: '

@@ -7,10 +7,11 @@ with ``module='relational'``, and not with ``module='ait'``: timm's own model te
 from typing import Any
 
 import torch
+from timm.layers import get_device_dtype
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .ait import _TEST, _cfg, _create_ait, _paper
+from .ait import TEST_ARGS, create_ait, make_cfg, paper_args
 from .arguments import is_count
 from .balance import plain
 from .transformer import AssociativeTransformer, without_subclass
@@ -60,7 +61,7 @@ class RelationalTransformer(AssociativeTransformer):
             no_embed_class=True,
             **vit_args,
         )
-        dd = self._factory()
+        dd = get_device_dtype(self)
         self.question_dim = question_dim
         self.question_embed = nn.Sequential(
             nn.LayerNorm(question_dim, **dd),
@@ -152,7 +153,7 @@ class RelationalTransformer(AssociativeTransformer):
 
 def _sort_of_clevr_cfg() -> dict[str, Any]:
     pixels = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # in [0, 1], as the authors' are
-    return _cfg(num_classes=10, input_size=(3, 75, 75), crop_pct=1.0, **pixels)
+    return make_cfg(num_classes=10, input_size=(3, 75, 75), crop_pct=1.0, **pixels)
 
 
 default_cfgs = generate_default_cfgs(
@@ -170,8 +171,8 @@ def _create_relational(variant: str, pretrained: bool, depth: int, kwargs: dict[
             f'features_only takes images alone, and {variant} answers questions about them; call '
             'model.forward_intermediates(image, question)'
         )
-    model_args = _paper(depth, dict(dict(patch_size=15), **kwargs))
-    return _create_ait(variant, pretrained, model_class=RelationalTransformer, **model_args)
+    model_args = paper_args(depth, dict(dict(patch_size=15), **kwargs))
+    return create_ait(variant, pretrained, model_class=RelationalTransformer, **model_args)
 
 
 @register_model
@@ -189,4 +190,4 @@ def ait_base_relational_75(pretrained: bool = False, **kwargs: Any) -> Relationa
 @register_model
 def test_ait_relational(pretrained: bool = False, **kwargs: Any) -> RelationalTransformer:  # noqa: PT028
     """The relational model in small, for tests: depth 2, width 128."""
-    return _create_relational('test_ait_relational', pretrained, 2, dict(_TEST, **kwargs))
+    return _create_relational('test_ait_relational', pretrained, 2, dict(TEST_ARGS, **kwargs))

@@ -24,7 +24,8 @@ class BlockReport:
     Attributes:
         block: Number of the block, as in ``model.blocks``; without such a list, its place among the workspaces.
         mean_cosine: Mean cosine between two slots: 1 where all slots are one point, 0 where they are orthogonal.
-        effective_rank: Number of directions that the slots use: exp of the entropy of their singular values, 1 to M.
+        effective_rank: Number of directions that the slots use: exp of the entropy of their singular values, 1 to M or
+            D, whichever is less.
         length: Length of the retrieval, relative to the length of a token.
         varies_over_tokens: Share of the length that remains when the mean over all tokens is taken off, 0 to 1. With 0
             the retrieval is a constant.

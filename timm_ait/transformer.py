@@ -11,11 +11,12 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers import get_device_dtype, to_2tuple
 from timm.models import checkpoint, register_notrace_module
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .arguments import WORKSPACE_ARGS
 from .balance import is_backward_running, plain, track
@@ -235,7 +236,9 @@ class AssociativeTransformer(VisionTransformer):
         """Outputs such that a loss computed from them tells by which factor the training loop scales it."""
         if not torch.is_grad_enabled() or _is_exporting():
             return outputs
-        return track(outputs) if any(w.adds_balance_loss() for w in workspaces_in(self)) else outputs
+        if not any(workspace.adds_balance_loss() for workspace in workspaces_in(self)):
+            return outputs
+        return track(tree_map(without_subclass, outputs))  # that of a mask or a question is in them
 
     @property
     def auto_balance(self) -> bool:
@@ -292,14 +295,12 @@ class AssociativeTransformer(VisionTransformer):
                 self.norm = self.fc_norm  # type: ignore[has-type]  # as at creation: the final norm stands before the tokens are flattened
             self._flatten_tokens(norm=True)
         elif is_flat and not flatten:
-            self.fc_norm = nn.Identity()  # the norm over the flattened tokens goes with them
+            self.fc_norm = nn.Identity().train(self.training)  # the norm over the flattened tokens goes with them
             self.pool_include_prefix = False
             self.num_features = self.head_hidden_size = self.embed_dim
         super().reset_classifier(num_classes, '' if flatten else global_pool)  # notes the norms, for saved models
         if flatten:
             self._flatten()
-        self.head = self._classifier()
-        self._set_mode_of_head()
 
     def set_input_size(
         self,
@@ -328,7 +329,6 @@ class AssociativeTransformer(VisionTransformer):
             is_trained = all(p.requires_grad for p in self.fc_norm.parameters())
             self._flatten_tokens(norm=isinstance(self.fc_norm, nn.LayerNorm))
             self.fc_norm.requires_grad_(is_trained)
-            self._set_mode_of_head()
 
     def fix_init_weight(self) -> None:
         """Scale the last layer of both parts of a block down by its depth, as timm does, where the block has both."""
@@ -340,33 +340,20 @@ class AssociativeTransformer(VisionTransformer):
     def _flatten_tokens(self, norm: bool) -> None:
         """Make the classifier read all tokens side by side: (B, N, E) -> (B, N*E)."""
         width = (self.patch_embed.num_patches + self.num_prefix_tokens) * self.embed_dim
-        self.fc_norm = nn.LayerNorm(width, **self._factory()) if norm else nn.Identity()  # type: ignore[assignment]
+        self.fc_norm = nn.LayerNorm(width, **get_device_dtype(self)) if norm else nn.Identity()  # type: ignore[assignment]
         self.head_hidden_size = width
-        self.head = self._classifier()
         self._flatten()
 
-    def _classifier(self) -> nn.Module:
-        if self.num_classes < 1:
-            return nn.Identity()
-        return nn.Linear(self.head_hidden_size, self.num_classes, **self._factory())
-
-    def _factory(self) -> dict[str, Any]:
-        """Device and dtype of the model, for a new layer."""
-        like = self.patch_embed.proj.weight
-        return {'device': like.device, 'dtype': like.dtype}
-
     def _flatten(self) -> None:
-        """Flatten in the place of timm's pooling."""
+        """Flatten in the place of timm's pooling, and make a classifier of that width."""
         self.global_pool = 'flatten'
         self.attn_pool, self.pool_include_prefix = nn.Flatten(1), True  # timm's place for a pooling module
+        width, classes = self.head_hidden_size, self.num_classes
+        self.head = nn.Linear(width, classes, **get_device_dtype(self)) if classes > 0 else nn.Identity()
         # timm's num_features is the width of what a model without classifier returns
-        self.num_features = self.embed_dim if self.num_classes > 0 else self.head_hidden_size
-
-    def _set_mode_of_head(self) -> None:
-        """Put what was made anew for the head in the mode of the model."""
-        for module in (self.attn_pool, self.fc_norm, self.head):
-            if module is not None:
-                module.train(self.training)
+        self.num_features = self.embed_dim if classes > 0 else width
+        for module in (self.attn_pool, self.fc_norm, self.head):  # made anew, in the mode of the model
+            module.train(self.training)
 
     def _check_pool(self, global_pool: str | None) -> None:
         if global_pool is None or global_pool == self.global_pool:
