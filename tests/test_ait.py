@@ -127,6 +127,8 @@ def test_an_unknown_keyword_is_a_type_error_that_names_it(layout: str) -> None:
             dict(img_size=30),
             r'by patch_size, got \(30, 30\) and patches of \(8, 8\) pixels; the nearest sizes below are \(24, 24\)',
         ),
+        ('paper', dict(img_size='48'), r"img_size must be an integer .* or a pair \(height, width\), got '48'"),
+        ('vit', dict(img_size=(48,)), r'img_size must be an integer .* or a pair \(height, width\), got \(48,\)'),
         ('paper', dict(img_size=(32, 31)), r'got \(32, 31\) and .*; the nearest sizes below are \(32, 24\)'),
         ('paper', dict(dynamic_img_size=True), r"'flatten' needs a fixed .* got dynamic_img_size=True .* take .*'avg'"),
         ('paper', dict(patch_drop_rate=0.25), r"'flatten' needs a fixed .* and patch_drop_rate=0.25; .* take .*'avg'"),

@@ -366,8 +366,8 @@ def test_folders_hold_the_images_under_their_classes_for_torchvision_and_timm(
     options = '--train 23 --validation 0 --test 13 --seed 7 --grid 5 --pairs 3 --keys 5 --values 11 --distractors 0.5'
     options += ' --joined'
     datasets.main(['recall', str(folder), *options.split()])
-    needs = f'--data-dir {folder} --num-classes 11 --input-size 3 20 20 --no-aug --val-split test'
-    assert needs in capsys.readouterr().out
+    needs = '--num-classes 11 --input-size 3 20 20 --img-size 20 --model-kwargs img_size=20 --no-aug --val-split test'
+    assert f'--data-dir {folder} {needs}' in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ['recall']
     assert sorted(path.name for path in folder.iterdir()) == ['test', 'train']
     sizes = dict(grid=5, num_pairs=3, num_keys=5, num_values=11)

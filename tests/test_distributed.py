@@ -250,6 +250,18 @@ def check_sharded_data_parallel_has_the_losses_and_the_memory_of_ddp(rank: int, 
 
 
 @on_every_rank
+def check_the_logits_of_a_sharded_model_may_be_changed_in_place(rank: int, world: int) -> None:
+    model = shard(make_model(), is_by_block=True, reshard_after_forward=True)
+    images, target = batch(rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # FSDP2 warns of an output that is a view
+        logits = model(images)
+    logits /= 2
+    nn.functional.cross_entropy(logits, target).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@on_every_rank
 def check_the_first_fully_sharded_data_parallel_has_the_losses_and_the_memory_of_ddp(rank: int, world: int) -> None:
     reference = make_model()
     expected = train(DistributedDataParallel(reference), rank, range(3))

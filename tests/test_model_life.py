@@ -176,6 +176,14 @@ def test_a_model_saved_after_a_reset_is_rebuilt_alike(
     assert torch.equal(rebuilt.eval()(images()), model.eval()(images()))
 
 
+def test_a_number_of_classes_that_is_none_changes_nothing() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="num_classes must be an integer, got '3'"):
+        model.reset_classifier('3')
+    assert (model.num_classes, model.global_pool) == (CLASSES, 'flatten')
+    assert model(images()).shape[1] == CLASSES
+
+
 def test_a_paper_model_with_tokens_of_a_vit_starts_finite() -> None:
     model = make_model(pos_embed='learn', class_token=True, reg_tokens=2)
     assert all(p.isfinite().all() for p in model.parameters())

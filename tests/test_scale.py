@@ -385,6 +385,27 @@ def test_a_large_weight_of_another_forward_does_not_weigh_the_balance_loss(
     assert first.factor() == second.factor() == pytest.approx(1 / steps)
 
 
+def sum_of(x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(x, y, reduction='sum')
+
+
+@pytest.mark.parametrize(
+    ('total', 'expected'),
+    [
+        (lambda pairs: sum(sum_of(x, y) for x, y in pairs) / 11, 1 / 3),
+        (lambda pairs: sum(sum_of(x, y) for x, y in pairs) / 22, 1 / 6),  # two such passes in a step
+        (lambda pairs: sum(F.cross_entropy(x, y) * (len(y) / 11) for x, y in pairs), 1 / 3),
+    ],
+    ids=['sums', 'sums of two passes', 'weighted means'],
+)
+def test_forwards_of_unequal_size_in_one_pass_count_once_together(
+    total: Callable[..., Tensor], expected: float
+) -> None:
+    models = {size: Model() for size in (6, 4, 1)}
+    total([(model()[:size], Y[:size]) for size, model in models.items()]).backward()
+    assert [model.factor() for model in models.values()] == pytest.approx([expected] * 3)
+
+
 def test_gradients_of_inputs_alone_are_those_of_the_loss_alone() -> None:
     inputs, model = torch.randn(B, C, requires_grad=True), Model()
 
@@ -405,6 +426,23 @@ def test_whoever_adds_the_balance_loss_himself_gets_it_once() -> None:
     x = track(attach(model.weight * 2, loss))
     (ce(x) + 3 * balance.hand_out(loss)).backward()
     assert model.factor() == pytest.approx(3)
+
+
+@pytest.mark.parametrize('is_first', [True, False])
+def test_a_pass_of_the_balance_loss_alone_takes_nothing_from_that_of_the_loss(is_first: bool) -> None:
+    model = Model()
+    loss = model.balance * 1
+    total, by_hand = ce(track(attach(model.weight * 2, loss))), balance.hand_out(loss)
+    passes = [by_hand, total] if is_first else [total, by_hand]
+    for each in passes:
+        each.backward(retain_graph=True)
+    assert model.factor() == pytest.approx(2)
+
+
+def test_the_output_is_no_view_so_that_an_operation_in_place_keeps_its_hooks() -> None:
+    output = Model()()
+    with torch._C.DisableTorchFunctionSubclass():
+        assert not output._is_view()
 
 
 def test_a_second_pass_that_cannot_be_followed_is_told_at_the_next_forward() -> None:

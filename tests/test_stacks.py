@@ -559,6 +559,23 @@ def test_an_ensemble_by_vmap_evaluates_and_is_refused_in_training_mode() -> None
         run(models[0].train())
 
 
+@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')  # PyTorch's own rules of forward mode
+def test_forward_mode_by_parameters_is_refused_in_training_mode_and_right_in_evaluation() -> None:
+    model = make_model(attention=False).eval()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    tangents = {name: torch.randn_like(p) for name, p in params.items()}
+
+    def run(params: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, params, (IMAGES,)).logsumexp(-1).mean()
+
+    _, tangent = torch.func.jvp(run, (params,), (tangents,))
+    grads = torch.func.grad(run)(params)
+    torch.testing.assert_close(tangent, sum((grads[name] * tangents[name]).sum() for name in grads))
+    model.train()
+    with pytest.raises(NotImplementedError, match='jvp'):
+        torch.func.jvp(run, (params,), (tangents,))
+
+
 def test_torch_func_grad_in_training_mode_gives_the_gradients_of_backward() -> None:
     model = make_model()
     params, buffers = dict(model.named_parameters()), {k: v.clone() for k, v in model.named_buffers()}
@@ -803,6 +820,7 @@ PRIVATE = {
     'torch._C._current_graph_task_id': 'balance.py: the number of the running backward pass',
     'torch._C._will_engine_execute_node': 'balance.py: whether a pass computes the gradient of a parameter',
     'torch._C._functorch.is_batchedtensor': 'workspace.py: whether vmap hides that parameters are trained',
+    'torch._C._functorch.is_gradtrackingtensor': 'workspace.py: whether jvp differentiates by parameters',
     'torch._C.DisableTorchFunctionSubclass': 'balance.py: operations on what is inside a tracked tensor',
     'torch.autograd.Variable._execution_engine.queue_callback': 'balance.py: the end of a backward pass',
     'torch.utils._pytree.tree_map': 'balance.py: outputs in lists and dicts',

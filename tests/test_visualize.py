@@ -159,6 +159,13 @@ def test_a_stem_that_does_not_know_its_grid_gives_a_row_of_tokens() -> None:
     assert [block.grid for block in inspect(Plain(), images(B))] == [(1, N)]
 
 
+def test_images_that_are_not_finite_are_refused() -> None:
+    broken = images(B)
+    broken[1, 0, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match='expected images of finite values, got NaN or infinity'):
+        inspect(make_model(), broken)
+
+
 def test_a_layer_that_reads_in_another_way_is_named() -> None:
     with pytest.raises(ValueError, match='nothing was retrieved in a workspace of class Unread'):
         inspect(Unread(8), torch.randn(2, 5, 8))

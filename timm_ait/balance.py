@@ -50,12 +50,14 @@ class _Pass:
         scale: Factor of the balance loss.
         loss: Where it was found; None where balance_loss() itself is in the loss.
         asks: Whether it computes the gradient of any parameter, for a compiled layer, which cannot find out by itself.
+        is_by_hand: Whether it began with balance_loss() itself, and so counts nothing of what another pass adds.
         thread: Which runs it.
     """
 
     scale: float | Tensor
     loss: Loss | None
     asks: bool = True
+    is_by_hand: bool = False
     thread: int = field(default_factory=get_ident)
 
 
@@ -71,14 +73,14 @@ def is_backward_running() -> bool:
 
 
 @torch.compiler.disable  # compiled autograd traces hooks
-def _begin(scale: float | Tensor, loss: Loss | None, asks: bool = True) -> None:
+def _begin(scale: float | Tensor, loss: Loss | None, asks: bool = True, is_by_hand: bool = False) -> None:
     """Note the scale of the running backward pass, until it ends."""
     task = torch._C._current_graph_task_id()
     running = _passes.get(task)
     if running is None:
         running = _passes[task] = _Pass(scale, loss)
         Variable._execution_engine.queue_callback(partial(_end, task, running))
-    running.scale, running.loss, running.asks = scale, loss, asks
+    running.scale, running.loss, running.asks, running.is_by_hand = scale, loss, asks, is_by_hand
 
 
 def _end(task: int, running: _Pass) -> None:
@@ -156,6 +158,8 @@ class _State:
         if not _asks_for_parameters(self.balance_loss) and not any(map(_is_computed, self.weights)):
             return 0.0
         running = _innermost()
+        if running is not None and running.is_by_hand:
+            return 0.0
         if running is None and self.is_half:
             _pending.add(UNKNOWN_SCALE)
         loss = None if running is None else running.loss
@@ -248,8 +252,13 @@ def hand_out(balance_loss: Tensor) -> Tensor:
     """The balance loss for whoever adds it to a loss himself: then no backward pass through it adds it once more."""
     handed = balance_loss.view_as(balance_loss)
     if handed.requires_grad:
-        handed.register_hook(lambda grad: _begin(0.0, None))
+        handed.register_hook(_add_nothing)
     return handed
+
+
+def _add_nothing(grad: Tensor) -> None:
+    running = _passes.get(torch._C._current_graph_task_id())
+    _begin(0.0, None, is_by_hand=running is None or running.is_by_hand)
 
 
 class TrackedTensor(Tensor):
@@ -317,7 +326,10 @@ def track(outputs: Any) -> Any:
     if torch.compiler.is_compiling():
         return tree_map(lambda x: x.as_subclass(TrackedTensor) if type(x) is Tensor else x, outputs)
     start = _start(Forward())
-    return tree_map(lambda x: _tracked(x, start) if type(x) is Tensor and x.requires_grad else x, outputs)
+    # Changed, and not viewed: an operation in place on a view would take FSDP2's hook off it.
+    return tree_map(
+        lambda x: _tracked(x, start, is_changed=True) if type(x) is Tensor and x.requires_grad else x, outputs
+    )
 
 
 def _forward_of_graph(output: Tensor) -> Forward:

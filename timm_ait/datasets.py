@@ -331,7 +331,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     one = next(iter(splits.values()))
-    size = f'--num-classes {one.num_classes} --input-size 3 {one.img_size} {one.img_size}'
+    side = one.img_size
+    size = (
+        f'--num-classes {one.num_classes} --input-size 3 {side} {side} --img-size {side} --model-kwargs img_size={side}'
+    )
     # where there is no such folder, train.py would validate on all that it finds
     val_split = ' --val-split test' if 'test' in splits and 'validation' not in splits else ''
     print(f'train.py reads it with --data-dir {shlex.quote(str(folder))} {size} --no-aug{val_split}')

@@ -91,10 +91,13 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
         One for each workspace, from the first block to the last.
 
     Raises:
-        ValueError: If the model has no workspace or one that retrieves nothing, or if there is no image.
+        ValueError: If the model has no workspace or one that retrieves nothing, if there is no image, and for values
+            that are not finite.
     """
     if len(images) == 0:
         raise ValueError(f'expected at least one image (B, C, H, W), got {tuple(images.shape)}')
+    if not images.isfinite().all():
+        raise ValueError('expected images of finite values, got NaN or infinity; look at how they were normalised')
     stems = (getattr(module, 'patch_embed', None) for module in model.modules())  # a wrapper hides it
     patches: Any = next((stem for stem in stems if hasattr(stem, 'dynamic_feat_size')), None)  # timm's know their grid
     grid = patches.dynamic_feat_size(images.shape[-2:]) if patches is not None else None

@@ -10,7 +10,8 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
 - the first division of a sum over elements takes their mean: ``x.sum() / n`` has 1 for any n above 1, so has
   ``cross_entropy(..., reduction='sum') / B`` for B samples, but B/N for a whole number N above B, as that of all
   samples of an accumulated batch (a multiple of B, where each sample has several targets); other terms may stand beside
-  the sum;
+  the sum, and sums of several forwards share the samples evenly;
+- terms of several forwards whose weights add up to 1 are averaged: n forwards have 1/n each;
 - n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
 - a loss that meets larger outputs again, as in ``x - x.mean()``, was a statistic of them, and no loss;
 - the sign does not matter, and neither does a term that is no loss.
@@ -21,6 +22,7 @@ What cannot be told apart counts as scaling.
 import math
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -73,8 +75,8 @@ class Term:
         scale: Product of the numbers that divided it, inverted.
         weight: Product of the numbers that multiplied it.
         factor: Product of the tensors that multiplied it; None for 1.
-        summed: Where it is a sum that was not averaged yet: how many elements, and of how many items (samples); 0 items
-            where only a criterion would know.
+        summed: Where it is a sum that was not averaged yet: how many elements, and of how many items (samples), on
+            average over several forwards; 0 items where only a criterion would know.
         is_sum_of_losses: Whether these elements are losses.
     """
 
@@ -83,7 +85,7 @@ class Term:
     scale: float = 1.0
     weight: float = 1.0
     factor: Tensor | None = None
-    summed: tuple[int, int] | None = None
+    summed: tuple[float, float] | None = None
     is_sum_of_losses: bool = False
 
 
@@ -251,6 +253,8 @@ def _merge(terms: tuple[Term, ...]) -> Term:
     )
     if is_one_forward and math.isclose(sum(weights), 1):
         return replace(merged, weight=1.0)
+    if not is_one_forward and not merged.summed and math.isclose(sum(term.scale * term.weight for term in terms), 1):
+        return replace(merged, scale=1 / n, weight=1.0)  # a mean over forwards, each with its share of the samples
     if is_alike and is_even and math.isclose(n * first.scale * first.weight, 1):
         return replace(merged, scale=1.0, weight=1.0)
     if is_alike and is_even and not merged.summed:
@@ -275,11 +279,14 @@ def _shared_factor(factors: list[Tensor | None], is_one_forward: bool) -> Tensor
     return torch.where(is_weight, 1.0, values[0])
 
 
-def _shared_sum(terms: tuple[Term, ...], is_one_forward: bool) -> tuple[int, int] | None:
+def _shared_sum(terms: tuple[Term, ...], is_one_forward: bool) -> tuple[float, float] | None:
     """Elements and items of a sum of which at least one term was not averaged yet."""
     sums = [term.summed for term in terms if term.summed]
     if len(sums) == len(terms) and len(set(sums)) == 1:
         return sums[0]
-    if not sums or not is_one_forward or any(term.is_sum_of_losses for term in terms):
+    if not sums or any(term.is_sum_of_losses for term in terms):
         return None
-    return max(elements for elements, _ in sums), max(items for _, items in sums)
+    elements, items = zip(*sums, strict=True)
+    if is_one_forward:
+        return max(elements), max(items)
+    return (fmean(elements), fmean(items)) if len(sums) == len(terms) else None  # of one of the forwards

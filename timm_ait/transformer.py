@@ -6,6 +6,7 @@ Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -238,7 +239,9 @@ class AssociativeTransformer(VisionTransformer):
             return outputs
         if not any(workspace.adds_balance_loss() for workspace in workspaces_in(self)):
             return outputs
-        return track(tree_map(without_subclass, outputs))  # that of a mask or a question is in them
+        if not torch.compiler.is_compiling():
+            outputs = tree_map(without_subclass, outputs)  # of a mask or a question
+        return track(outputs)
 
     @property
     def auto_balance(self) -> bool:
@@ -284,8 +287,11 @@ class AssociativeTransformer(VisionTransformer):
         """Replace the classifier, and the pooling where ``global_pool`` names another ('flatten' included).
 
         Raises:
-            ValueError: For a pooling that this model cannot change to. The model stays as it was.
+            ValueError: For a number of classes that is none, and for a pooling that this model cannot change to. The
+                model stays as it was.
         """
+        if not isinstance(num_classes, Integral):
+            raise ValueError(f'num_classes must be an integer, got {num_classes!r}; 0 leaves the classifier out')
         self._check_pool(global_pool)
         is_flat = self.global_pool == 'flatten'
         flatten = is_flat if global_pool is None else global_pool == 'flatten'
@@ -313,9 +319,10 @@ class AssociativeTransformer(VisionTransformer):
             ValueError: If the patches do not fill the image, or if a classifier reads another grid of flattened tokens.
         """
         new_img, new_patch = img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size
-        (h, w), (p, q) = to_2tuple(new_img), to_2tuple(new_patch)
+        p, q = to_2tuple(new_patch)
         y, x = getattr(self.patch_embed, 'feature_ratio', (1, 1))  # a convolutional stem makes the image smaller
         check_divisible(new_img, (y * p, x * q), self.patch_embed.dynamic_img_pad)
+        h, w = to_2tuple(new_img)
         old, grid = self.patch_embed.grid_size, (h // y // p, w // x // q)
         is_resized = self.global_pool == 'flatten' and grid != old
         if is_resized and self.num_classes > 0:

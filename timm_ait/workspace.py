@@ -441,10 +441,14 @@ class GlobalWorkspace(nn.Module):
 
     def _is_frozen(self) -> bool:
         """Whether the layer has parameters, and all are frozen. FSDP1 and DataParallel keep them elsewhere."""
-        if any(p.requires_grad for p in self.parameters()):
-            return False
         parameters = list(self.parameters())
-        if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, parameters)):
+        if any(p.requires_grad for p in parameters):
+            return False
+        if torch.compiler.is_compiling():
+            return bool(parameters)
+        if any(map(torch._C._functorch.is_gradtrackingtensor, parameters)):
+            return False  # torch.func.jvp: what it differentiates by requires no gradient
+        if any(map(torch._C._functorch.is_batchedtensor, parameters)):
             raise ValueError(
                 'torch.func.vmap over models hides whether their parameters are trained, and writes no memory; call '
                 'eval() on the model, or train one model after the other'
