@@ -6,7 +6,6 @@ Sun, Ochiai, Wu, Lin, Kanai. *Associative Transformer*, CVPR 2025, https://arxiv
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -290,7 +289,7 @@ class AssociativeTransformer(VisionTransformer):
             ValueError: For a number of classes that is none, and for a pooling that this model cannot change to. The
                 model stays as it was.
         """
-        if not isinstance(num_classes, Integral):
+        if not hasattr(num_classes, '__index__'):
             raise ValueError(f'num_classes must be an integer, got {num_classes!r}; 0 leaves the classifier out')
         self._check_pool(global_pool)
         is_flat = self.global_pool == 'flatten'
