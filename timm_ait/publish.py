@@ -14,7 +14,7 @@ from timm.models import PretrainedCfg
 
 from timm_ait import __version__
 from timm_ait.card import ARGUMENTS, default_repo
-from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, pinned_sha256
+from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, REFUSED_TOKEN, WeightsError, pinned_sha256
 
 __all__ = ['listing', 'publish', 'push']
 
@@ -22,7 +22,7 @@ COLLECTION = 'Associative Transformer'
 FILES = (FILENAME, 'config.json', 'README.md')
 BESIDE = ('config.json', 'README.md', ARGUMENTS)
 ADVICE = {
-    401: 'it does not accept your token: run `hf auth login`, or set HF_TOKEN',
+    401: REFUSED_TOKEN,
     403: "you may not write there: take a token with the role 'write', of a member of the organisation",
     404: 'it knows no such organisation or repository: check the names',
 }
