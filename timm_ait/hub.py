@@ -26,7 +26,7 @@ from timm_ait import AssociativeTransformer, __version__
 from timm_ait.card import METRICS, Results, batch_table, default_repo, write_card
 from timm_ait.checkpoint import build_model, read_checkpoint
 from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
-from timm_ait.publish import listing, publish, push
+from timm_ait.publish import left_out, listing, publish, push
 
 __all__ = ['build_model', 'export', 'publish', 'push', 'read_checkpoint']
 
@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = args.pop('command')
         if command == 'push':
             folder = args['folder'].resolve()
-            print(f'published: {push(**args)}')
+            print(f'published: {push(**args)}', *left_out(folder), sep='\n')
             if args['repo_id'] in ('', default_repo(folder)):
                 line = listing(folder)
                 print(f'to list it as pretrained, import published in timm_ait/ait.py and write at its tag: {line}')

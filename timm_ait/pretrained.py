@@ -315,7 +315,7 @@ def _download(
     except Exception as error:  # the client's network errors have no common base class and change with its version
         cached = try_to_load_from_cache(repo, filename, **where)
         if isinstance(cached, str) and not force:
-            _logger.warning('nothing new was loaded from the Hub (%s); using %s', _named(error), cached)
+            _logger.warning('nothing new was loaded from the Hub (%s); using %s', named(error), cached)
             return Path(cached)
         fault = error
         if isinstance(error, ValueError) and isinstance(error.__cause__, Exception):
@@ -330,27 +330,27 @@ def _download(
 def _explain(error: Exception, cache_dir: str | Path | None) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         cause = error.__cause__
-        reached, step = ('the Hub sent no file', 'try again') if _status_of(cause) else (UNREACHED, 'connect once')
-        reached += f' ({_named(cause)})' if cause else ''
+        reached, step = ('the Hub sent no file', 'try again') if status_of(cause) else (UNREACHED, 'connect once')
+        reached += f' ({named(cause)})' if cause else ''
         return f'{reached} and the file is not in the cache: {step}, or {OWN_FILE}'
     for kind, sentence in EXPLANATIONS:
         if isinstance(error, kind):
             return sentence
-    if _status_of(error) == 401:
+    if status_of(error) == 401:
         return REFUSED_TOKEN
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         folder = cache_dir or constants.HF_HUB_CACHE
         return f'{folder} has no space for it ({error.strerror}): free some, or set HF_HOME or cache_dir='
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         return f'it cannot be stored ({error}): set HF_HOME or cache_dir= to a folder that you may write to'
-    return f'the connection broke ({_named(error)}), so nothing was loaded: try again, or {OWN_FILE}'
+    return f'the connection broke ({named(error)}), so nothing was loaded: try again, or {OWN_FILE}'
 
 
-def _status_of(error: BaseException | None) -> int | None:
+def status_of(error: BaseException | None) -> int | None:
     """Return the status that the Hub answered with; None if an error is no answer of the Hub."""
     return getattr(getattr(error, 'response', None), 'status_code', None)
 
 
-def _named(error: BaseException) -> str:
+def named(error: BaseException) -> str:
     """Return the kind of an error and the first line of its text."""
     return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
