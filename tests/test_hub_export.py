@@ -80,11 +80,16 @@ def test_a_checkpoint_of_the_authors_is_exported_as_a_folder_that_loads_bit_for_
         ),
         ('tensor.pth', torch.zeros(3), 'expected a state dict or a checkpoint of train.py in .*, got Tensor'),
         ('list.pth', [1, 2], 'expected a state dict or a checkpoint of train.py in .*, got list'),
-        ('page.pth', b'<html>', r'page\.pth is no checkpoint of tensors and plain values'),
-        ('summary.csv', b'epoch,train_loss\n0,2.3\n', r'summary\.csv is no checkpoint of tensors and plain values'),
-        ('args.yaml', b'aa: null\namp: false\n', r'args\.yaml is no checkpoint of tensors and plain values'),
-        ('short.pth', b'hi\n', r'short\.pth is no checkpoint of tensors and plain values'),
-        ('empty.pth', b'', r'empty\.pth breaks off \(it is empty\); was it written whole'),
+        (
+            'pointer.pth',
+            b'version https://git-lfs.github.com/spec/v1\noid sha256:166e\n',
+            r'pointer\.pth is no whole checkpoint: download or copy it ag',
+        ),
+        ('page.pth', b'<html>', r'page\.pth is no whole checkpoint: download or copy it ag'),
+        ('summary.csv', b'epoch,train_loss\n0,2.3\n', r'summary\.csv is no whole checkpoint: download or copy it ag'),
+        ('args.yaml', b'aa: null\namp: false\n', r'args\.yaml is no whole checkpoint: download or copy it ag'),
+        ('short.pth', b'hi\n', r'short\.pth is no whole checkpoint: download or copy it ag'),
+        ('empty.pth', b'', r'empty\.pth is no whole checkpoint: download or copy it ag'),
         (
             'nested.pth',
             {'state_dict': [1]},
@@ -315,7 +320,7 @@ def test_a_file_that_breaks_off_is_named(checkpoint: Path, tmp_path: Path, monke
 def test_half_a_file_is_named(checkpoint: Path) -> None:
     content = checkpoint.read_bytes()
     checkpoint.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf'{checkpoint.name} breaks off \(.*\); was it written whole'):
+    with pytest.raises(ValueError, match=rf'{checkpoint.name} is no whole checkpoint: download or copy it again'):
         hub.read_checkpoint(checkpoint)
 
 

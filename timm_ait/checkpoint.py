@@ -4,7 +4,6 @@ import argparse
 import errno
 import json
 import re
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from .arguments import WORKSPACE_ARGS
 from .convert import fit_pretrained
+from .pretrained import damage_of_pickle
 from .relational import RelationalTransformer
 from .transformer import AssociativeTransformer
 
@@ -70,6 +70,8 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
         except SafetensorError as error:
             raise ValueError(f'{path} is no safetensors file ({error}); was it downloaded whole?') from error
         return Checkpoint(clean_state_dict(weights), _args(None, path), False, {})
+    if reason := damage_of_pickle(path):
+        raise ValueError(f'{path} {reason}: download or copy it again')
     content: Any
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -77,14 +79,12 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
     except Exception as error:  # of many kinds: whatever the file holds is taken for a pickle
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        with path.open('rb') as file:
-            is_part = file.read(2) in (b'', b'PK') and not zipfile.is_zipfile(path)
-        if is_part or isinstance(error, OSError):
-            reason = str(error).partition('. ')[0] or 'it is empty'
-            raise ValueError(f'{path} breaks off ({reason}); was it written whole?') from error
+        if isinstance(error, OSError):
+            raise ValueError(f'{path} breaks off ({error}); was it written whole?') from error
+        held = re.search(r'GLOBAL (\S+)', str(error))  # the rest is advice to read it all the same
         raise ValueError(
             f'{path} is no checkpoint of tensors and plain values, so it is not read; save the weights alone '
-            f'({str(error).partition(chr(10))[0]})'
+            f'({f"it holds {held[1]}" if held else str(error).partition(". ")[0]})'
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f'expected a state dict or a checkpoint of train.py in {path}, got {type(content).__name__}')

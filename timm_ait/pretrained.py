@@ -214,14 +214,17 @@ def _verified(path: Path, sha256: str) -> Path:
         raise WeightsError(
             f'there is no file {path}: check the path; a folder of weights holds config.json and {FILENAME}'
         )
-    reason = ''
-    if sha256 or path.suffix == '.safetensors':
-        reason = _damage(path, sha256)
-    elif not zipfile.is_zipfile(path) and _start_of(path) not in PICKLES:
-        reason = 'is no whole checkpoint'
+    is_verified = sha256 or path.suffix == '.safetensors'
+    reason = _damage(path, sha256) if is_verified else damage_of_pickle(path)
     if reason:
         raise WeightsError(f'{path} {reason}: download or copy it again')
     return path
+
+
+def damage_of_pickle(path: Path) -> str:
+    """Say that a file is none that torch writes, as the end of a sentence; '' if it may be one."""
+    is_one = zipfile.is_zipfile(path) or _start_of(path) in PICKLES
+    return '' if is_one else 'is no whole checkpoint'
 
 
 def _pickle_alone(path: Path) -> str:
