@@ -27,6 +27,7 @@ class LoopbackHub:
             accepted but not stored).
         broken: Pattern of 'METHOD path' -> the status that such a request is answered with; 0 closes the connection
             in the middle of it; a negative number is that many seconds of silence.
+        reason: What the Hub says with such a status, or ''.
         private: Names of the repositories that were made private.
         collections: 'org/name-number' -> names of repositories.
         requests: Method and path of every request.
@@ -37,6 +38,7 @@ class LoopbackHub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.faults: dict[str, str] = {}
         self.broken: dict[str, int] = {}
+        self.reason = ''
         self.private: set[str] = set()
         self.collections: dict[str, list[str]] = {}
         self.requests: list[str] = []
@@ -100,7 +102,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if status > 0:
             self.note()
-            self.answer(status)
+            reason = {'errors': [{'message': self.hub.reason}]} if self.hub.reason else {}
+            self.answer_json(reason, status)
         else:
             self.rfile.read(min(10, int(self.headers.get('Content-Length') or 0)))
             time.sleep(-status)

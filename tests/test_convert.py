@@ -233,10 +233,47 @@ def test_what_timm_renames_for_its_vit_is_renamed(
     torch.testing.assert_close(model(images()), vit(images()))
 
 
-@pytest.mark.parametrize('weights', [{}, {'encoder.blocks.0.mlp.fc1.weight': torch.zeros(1)}], ids=['empty', 'other'])
+@pytest.mark.parametrize('weights', [{}, {'encoder.layer.0.weight': torch.zeros(1)}], ids=['empty', 'other'])
 def test_a_file_of_another_model_is_told_so(weights: StateDict) -> None:
     with pytest.raises(ValueError, match=r'give the checkpoint of an AiT or of a ViT$'):
         checkpoint_filter_fn(weights, make_model('ait_small'))
+
+
+@pytest.mark.parametrize(
+    ('write', 'remedy'),
+    [
+        (
+            lambda weights: {f'net.{key}': value for key, value in weights.items()},
+            "take 'net.' off the names of its par",
+        ),
+        (
+            lambda weights: {
+                f'{name}.{key}': value for name in ('student', 'teacher') for key, value in weights.items()
+            },
+            "take 'student.' or 'teacher.' off the names of its parameters, and leave out all others$",
+        ),
+        (
+            lambda weights: {key.replace('linear_transform', 'lift'): value for key, value in weights.items()},
+            'it is of version 0.1: rename lift to linear_transform in the names of its parameters$',
+        ),
+        (lambda weights: {'module': weights}, r'save the state_dict\(\) of the model alone$'),
+        (lambda weights: {'model_state_dict': weights, 'epoch': 3}, r'save the state_dict\(\) of the model alone$'),
+    ],
+    ids=['prefix', 'two prefixes', '0.1', 'module', 'model_state_dict'],
+)
+def test_a_wrapped_or_renamed_checkpoint_is_told_what_to_change(
+    write: Callable[[StateDict], Any], remedy: str, tmp_path: Path
+) -> None:
+    torch.save(write(make_model('ait_small').state_dict()), tmp_path / 'wrapped.pth')
+    with pytest.raises(ValueError, match=remedy):
+        make_model('ait_small', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'wrapped.pth')))
+
+
+def test_an_averaged_model_of_torch_is_loaded() -> None:
+    model = make_model('ait_small')
+    average = torch.optim.swa_utils.AveragedModel(model)
+    loaded = checkpoint_filter_fn(average.state_dict(), model)
+    assert loaded.keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize('no_embed_class', [True, False])

@@ -41,8 +41,11 @@ def test_every_option_of_export_reaches_the_folder(tmp_path: Path, capsys: pytes
         (['plain.pth', 'out', '--model', 'test_ait.no_tag'], r'timm cannot make test_ait\.no_tag with .*: Invalid'),
         (['plain.pth', 'out', '--model', 'test_ait', '--model-kwargs', 'slots=3'], "timm cannot make .*'slots'"),
         (['plain.pth', 'out', '--model', 'ait_small'], r'plain\.pth: the checkpoint does not fit the model'),
-        (['evil.pth', 'out', '--model', 'test_ait'], r'evil\.pth is no checkpoint of tensors and plain values, so'),
-        (['text.pth', 'out', '--model', 'test_ait'], r'text\.pth is no checkpoint of tensors and plain values, so'),
+        (
+            ['evil.pth', 'out', '--model', 'test_ait'],
+            r'evil\.pth is no checkpoint .*; save the weights alone \(it holds .*getcwd\)$',
+        ),
+        (['text.pth', 'out', '--model', 'test_ait'], r'text\.pth is no whole checkpoint: download or copy it again'),
     ],
 )
 def test_a_checkpoint_that_cannot_be_exported_is_said_in_one_sentence(

@@ -80,11 +80,16 @@ def test_a_checkpoint_of_the_authors_is_exported_as_a_folder_that_loads_bit_for_
         ),
         ('tensor.pth', torch.zeros(3), 'expected a state dict or a checkpoint of train.py in .*, got Tensor'),
         ('list.pth', [1, 2], 'expected a state dict or a checkpoint of train.py in .*, got list'),
-        ('page.pth', b'<html>', r'page\.pth is no checkpoint of tensors and plain values'),
-        ('summary.csv', b'epoch,train_loss\n0,2.3\n', r'summary\.csv is no checkpoint of tensors and plain values'),
-        ('args.yaml', b'aa: null\namp: false\n', r'args\.yaml is no checkpoint of tensors and plain values'),
-        ('short.pth', b'hi\n', r'short\.pth is no checkpoint of tensors and plain values'),
-        ('empty.pth', b'', r'empty\.pth breaks off \(it is empty\); was it written whole'),
+        (
+            'pointer.pth',
+            b'version https://git-lfs.github.com/spec/v1\noid sha256:166e\n',
+            r'pointer\.pth is no whole checkpoint: download or copy it ag',
+        ),
+        ('page.pth', b'<html>', r'page\.pth is no whole checkpoint: download or copy it ag'),
+        ('summary.csv', b'epoch,train_loss\n0,2.3\n', r'summary\.csv is no whole checkpoint: download or copy it ag'),
+        ('args.yaml', b'aa: null\namp: false\n', r'args\.yaml is no whole checkpoint: download or copy it ag'),
+        ('short.pth', b'hi\n', r'short\.pth is no whole checkpoint: download or copy it ag'),
+        ('empty.pth', b'', r'empty\.pth is no whole checkpoint: download or copy it ag'),
         (
             'nested.pth',
             {'state_dict': [1]},
@@ -182,6 +187,69 @@ def test_results_that_hold_nothing_are_named(content: str, checkpoint: Path, tmp
         hub.export(checkpoint, tmp_path / 'out', results=tmp_path / 'results.json')
 
 
+def write_results(path: Path, *results: dict[str, Any]) -> Path:
+    path.write_text(json.dumps([{'model': 'test_ait', **one} for one in results]))
+    return path
+
+
+@pytest.mark.parametrize(
+    'others',
+    [
+        [dict(top1=99.5, checkpoint='out/checkpoint-2.pth.tar')],
+        [dict(top1=99.5, model='test_vit')],
+        [dict(top1=99.5, model='local-dir:another'), dict(top1=98.5, checkpoint='other/last.pth.tar')],
+    ],
+)
+@pytest.mark.parametrize('own', [dict(checkpoint='out/model_best.pth.tar'), dict(model='test_ait.toy')])
+def test_of_several_results_the_card_shows_its_own(
+    own: dict[str, Any], others: list[dict[str, Any]], checkpoint: Path, tmp_path: Path
+) -> None:
+    results = write_results(tmp_path / 'results.json', *others, dict(top1=41.25, **own))
+    card = (hub.export(checkpoint, tmp_path / 'out', results=results) / 'README.md').read_text()
+    assert 'top-1 accuracy, %: 41.25' in card
+
+
+@pytest.mark.parametrize(
+    'found',
+    [
+        [dict(checkpoint='checkpoint-2.pth.tar'), dict(checkpoint='checkpoint-3.pth.tar')],
+        [dict(), dict(model='test_ait.other')],
+    ],
+)
+def test_several_results_of_which_none_or_two_are_its_own_are_refused(
+    found: list[dict[str, Any]], checkpoint: Path, tmp_path: Path
+) -> None:
+    results = write_results(tmp_path / 'results.json', *(dict(one, top1=1.0) for one in found))
+    with pytest.raises(
+        ValueError, match=r'results\.json holds 2 results, \d of them of model_best.* or test_ait; leave'
+    ):
+        hub.export(checkpoint, tmp_path / 'out', results=results)
+    with pytest.raises(ValueError, match=r'results\.json holds 2 results; leave the one'):
+        hub.export(checkpoint, tmp_path / 'out', compare={'another': str(results)})
+
+
+def test_the_results_of_another_model_are_refused_and_may_be_compared(checkpoint: Path, tmp_path: Path) -> None:
+    results = write_results(tmp_path / 'results.json', dict(top1=41.25, model='test_vit.toy'))
+    with pytest.raises(
+        ValueError, match=r'is of test_vit\.toy, but the checkpoint holds test_ait; give the results of'
+    ):
+        hub.export(checkpoint, tmp_path / 'out', results=results)
+    card = (hub.export(checkpoint, tmp_path / 'out', compare={'ViT': str(results)}) / 'README.md').read_text()
+    assert '| ViT |  | 41.25 |' in card
+
+
+@pytest.mark.parametrize('name', ['local-dir:folder', 'hf-hub:me/test_ait.toy'])
+def test_the_results_of_a_folder_or_a_repository_are_taken(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    results = write_results(tmp_path / 'results.json', dict(top1=41.25, model=name))
+    assert '%: 41.25' in (hub.export(checkpoint, tmp_path / 'out', results=results) / 'README.md').read_text()
+
+
+def test_a_result_that_is_not_finite_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    results = write_results(tmp_path / 'results.json', dict(top1=float('nan'), top5=50.0))
+    with pytest.raises(ValueError, match=r'results\.json gives top1=nan, expected a finite number; validate it again'):
+        hub.export(checkpoint, tmp_path / 'out', results=results)
+
+
 def test_a_checkpoint_may_hold_no_arguments(tmp_path: Path) -> None:
     torch.save({'model': {'weight': torch.zeros(1)}, 'args': None}, tmp_path / 'model.pth')
     assert hub.read_checkpoint(tmp_path / 'model.pth').args == {}
@@ -252,7 +320,7 @@ def test_a_file_that_breaks_off_is_named(checkpoint: Path, tmp_path: Path, monke
 def test_half_a_file_is_named(checkpoint: Path) -> None:
     content = checkpoint.read_bytes()
     checkpoint.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf'{checkpoint.name} breaks off \(.*\); was it written whole'):
+    with pytest.raises(ValueError, match=rf'{checkpoint.name} is no whole checkpoint: download or copy it again'):
         hub.read_checkpoint(checkpoint)
 
 

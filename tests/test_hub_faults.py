@@ -2,6 +2,8 @@
 
 import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ from hub_child import Child, blobs, fingerprint, load
 from hub_models import ARGS, NAME, REPO, make_model, overlay, save
 from hub_server import LoopbackHub
 
+from timm_ait import pretrained
 from timm_ait.pretrained import WeightsError
 
 
@@ -143,7 +146,80 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(remote: LoopbackHub, ch
         keys = dict(ARGS, pretrained_cfg_overlay=overlay(remote), cache_dir=hub_cache)
         said = child.fails('test_ait', **keys)
     assert 'is no whole safetensors file' in said
-    assert 'was removed, but the second download failed' in said
+    assert 'model.safetensors is no whole safetensors file' in said
+    assert ', and the second download failed: no weights from ' in said
+    assert 'the connection broke (Connect' in said
+    assert blob.read_bytes() == good[:999]  # never removed: another process may just have replaced it
+
+
+def test_processes_that_mend_one_damaged_file_do_not_remove_it_for_each_other(
+    remote: LoopbackHub, child: Child, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = hub_cache / 'model.safetensors', []
+    good = remote.repos[REPO]['model.safetensors']
+    path.parent.mkdir()
+    path.write_bytes(good[:999])
+
+    def download(*args: Any, force_download: bool, **kwargs: Any) -> str:
+        asked.append(force_download)
+        assert path.is_file()
+        if force_download:
+            path.write_bytes(good)
+        return str(path)
+
+    monkeypatch.setattr(pretrained, 'hf_hub_download', download)
+    timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay(remote), **ARGS)
+    assert asked == [False, True]
+
+
+def test_a_damaged_file_that_another_process_has_removed_is_an_error_of_its_own(
+    remote: LoopbackHub, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = hub_cache / 'model.safetensors'
+    path.parent.mkdir()
+
+    def damaged(file: Path, sha256: str) -> str:
+        file.unlink(missing_ok=True)
+        return 'is damaged'
+
+    monkeypatch.setattr(pretrained, 'hf_hub_download', lambda *args, **kwargs: str(path))
+    monkeypatch.setattr(pretrained, '_damage', damaged)
+    with pytest.raises(WeightsError, match='is damaged: it was removed; try again'):
+        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay(remote), **ARGS)
+
+
+@pytest.mark.parametrize(
+    ('status', 'said'),
+    [
+        (401, 'model.safetensors: it does not accept your token: run `hf auth login`, or set HF_TOKEN'),
+        (403, 'the Hub sent no file (HfHubHTTPError: 403 Forbidden: None.) and the file is not in the cache: try ag'),
+        (503, 'the Hub sent no file (HfHubHTTPError: '),
+    ],
+)
+def test_an_answer_of_the_hub_that_is_no_file_is_named(
+    status: int, said: str, remote: LoopbackHub, child: Child, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(remote.broken, 'HEAD .*/model.safetensors', status)
+    message = child.fails('test_ait', cache_dir=hub_cache, pretrained_cfg_overlay=overlay(remote), **ARGS)
+    assert said in message
+    assert str(status) in message or status == 401
+    assert 'not reached' not in message
+    assert 'connection broke' not in message
+
+
+def test_a_cache_that_cannot_take_a_newer_file_is_said_and_used(
+    remote: LoopbackHub,
+    child: Child,
+    hub_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    keys = overlay(remote)
+    child(load, 'test_ait', cache_dir=hub_cache, pretrained_cfg_overlay=keys, **ARGS)
+    monkeypatch.setattr(pretrained, 'hf_hub_download', Mock(side_effect=PermissionError(13, 'Permission denied')))
+    timm.create_model('test_ait', pretrained=True, cache_dir=hub_cache, pretrained_cfg_overlay=keys, **ARGS)
+    (line,) = caplog.messages
+    assert line.startswith('nothing new was loaded from the Hub (PermissionError: [Errno 13] Permission denied); using')
 
 
 def test_weights_with_another_hash_than_the_tag_are_refused(

@@ -1,6 +1,7 @@
 """A folder or file of weights that does not fit its config, is damaged or may run code is refused."""
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,34 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / 'was here'),)
 
     torch.save({'head.weight': Payload()}, tmp_path / 'evil.pth')
-    with pytest.raises(RuntimeError, match='weights_only=True blocked'):
+    with pytest.raises(
+        RuntimeError, match=r'evil\.pth is no checkpoint .*; save the weights alone \(it holds .*mkdir\)$'
+    ):
         timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'evil.pth')))
     assert not (tmp_path / 'was here').exists()
+
+
+@pytest.mark.parametrize(
+    ('content', 'said'),
+    [
+        ([1, 2], 'expected a state dict or a checkpoint of train.py in .*wrong.pth, got list'),
+        (torch.zeros(3), 'expected a state dict or a checkpoint of train.py in .*wrong.pth, got Tensor'),
+        (nn.Linear(2, 3), r'wrong.pth is no checkpoint .*; save the weights alone \(it holds torch\.nn\..*Linear\)'),
+        ({'state_dict': [1]}, r"expected tensors by their names in .*wrong.pth, got list at 'the weights'; save the"),
+    ],
+    ids=['list', 'tensor', 'module', 'nested'],
+)
+def test_a_pickle_of_other_things_is_named_with_what_it_holds(content: Any, said: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / 'wrong.pth')
+    with pytest.raises(WeightsError, match=said) as caught:
+        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'wrong.pth')))
+    assert 'weights_only' not in str(caught.value)
+
+
+def test_an_archive_of_other_files_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / 'wrong.pth', 'w') as archive:
+        archive.writestr('a.txt', 'hello')
+    with pytest.raises(
+        WeightsError, match=r'wrong\.pth is no checkpoint of tensors and plain values, so it is not rea'
+    ):
+        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'wrong.pth')))

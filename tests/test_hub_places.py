@@ -134,6 +134,27 @@ def test_a_mirror_may_lie_in_the_home_of_the_user(
     assert places.found() == places.mirrors[1]
 
 
+def test_a_home_that_is_not_there_and_a_folder_without_permission_are_warnings(
+    places: Places, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path == places.mirrors[0]:
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, 'is_file', refuse)
+    monkeypatch.setenv('TIMM_AIT_WEIGHTS', os.pathsep.join(['~nobodyxx/weights', str(places.mirrors[0].parents[1])]))
+    places.package.unlink()
+    places.mirrors[0].unlink()
+    places.mirrors[0].parent.rmdir()
+    assert places.found() == places.checkout
+    first, second = caplog.messages
+    assert first.startswith(f'~nobodyxx/weights/{NAME}/model.safetensors is missing: check TIMM_AIT_WEIGHTS')
+    assert second.startswith(f'{places.mirrors[0]} cannot be read ([Errno {errno.EACCES}] Permission denied')
+
+
 def test_when_no_place_has_the_weights_the_error_lists_all_in_order_and_says_what_to_do(places: Places) -> None:
     places.package.unlink()
     places.mirrors[0].write_bytes(cut(places.content))

@@ -127,9 +127,12 @@ def test_a_dry_run_needs_neither_login_nor_network_and_prints_what_would_be_done
         'to list them as pretrained, import published in timm_ait/ait.py and write at their tags:',
         *listings(weights),
     ]
+    (weights / TAGS[1] / 'memory.png').touch()
+    (weights / TAGS[1] / 'LICENSE').touch()
     hub.main(['publish', '--dry-run', '--folder', str(weights), '--organisation', 'me'])
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith('would create or update me/test_ait.one, unless it is the same')
+    assert f'not uploaded from {weights / TAGS[1]}: LICENSE, memory.png' in said
     assert said[-1] == "and in timm_ait/pretrained.py: HUB_ORGANISATION = 'me'"
 
 

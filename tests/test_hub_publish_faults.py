@@ -14,6 +14,7 @@ from hub_models import edited, make_model, save
 from hub_server import LoopbackHub
 
 from timm_ait import hub, publish
+from timm_ait.pretrained import HUB_ORGANISATION
 
 TOKEN = 'hf_onlyForThisTestOfLoopback'
 GOES_ON = '. Run the same command again, it goes on'
@@ -31,7 +32,7 @@ def impatient(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> 
 def faulty(served: LoopbackHub) -> Iterator[LoopbackHub]:
     served.repos, served.faults, served.collections, served.blobs = {}, {}, {}, {}
     yield served
-    served.broken = {}
+    served.broken, served.reason = {}, ''
 
 
 @pytest.fixture(scope='module')
@@ -122,6 +123,54 @@ def test_push_says_what_failed_and_stores_all_files_or_none(
     faulty.broken = {}
     assert impatient(published, weights)[0].endswith('me/test_ait.one')
     assert len(faulty.repos['me/test_ait.one']) == 3
+
+
+@pytest.mark.parametrize(
+    ('request_', 'status', 'reason', 'said'),
+    [
+        ('validate-yaml', 400, '"license" must be one of [mit]', '400 (Invalid metadata in README.md. "license" must '),
+        (
+            'two/commit',
+            403,
+            'Private repository storage limit reached',
+            '403 (Private repository storage limit reached)',
+        ),
+        ('repos/create', 429, 'You have exceeded\nour limit', '429 (You have exceeded our limit), '),
+    ],
+)
+def test_what_the_hub_says_of_its_refusal_is_passed_on(
+    request_: str, status: int, reason: str, said: str, faulty: LoopbackHub, impatient: Child, weights: Path
+) -> None:
+    faulty.broken, faulty.reason = {request_: status}, reason
+    message = impatient(fails, 'push', str(weights / 'test_ait.two'), REPO)
+    assert isinstance(message, str)
+    assert f' failed: the Hub answered {said}' in message
+    assert status != 403 or ', you may not write there: take a token' in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ('repo', 'said'),
+    [
+        (
+            'me/my model',
+            r"got 'me/my model' \(Repo id must use alphanumeric chars.*\); give another, or rename the fold",
+        ),
+        ('https://huggingface.co/me/x', r"got 'https://huggingface.co/me/x' \(it needs one /\); give another"),
+        ('test_ait.one', r"got 'test_ait.one' \(it needs one /\); give another"),
+    ],
+)
+def test_a_name_that_the_hub_does_not_take_is_refused_before_anything_is_done(
+    repo: str, said: str, weights: Path
+) -> None:
+    with pytest.raises(SystemExit, match=f'expected ORGANISATION/NAME, {said}'):
+        hub.main(['push', str(weights / 'test_ait.one'), repo])
+
+
+def test_a_dry_run_refuses_a_folder_whose_name_the_hub_does_not_take(weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(weights / 'test_ait.one', tmp_path / 'test_ait.my run')
+    with pytest.raises(SystemExit, match=f"expected ORGANISATION/NAME, got '{HUB_ORGANISATION}/test_ait.my run'"):
+        hub.main(['publish', '--dry-run', '--folder', str(tmp_path)])
 
 
 def test_a_command_without_a_hub_ends_with_one_line_and_code_1(weights: Path, tmp_path: Path) -> None:

@@ -69,23 +69,34 @@ def test_a_folder_that_was_renamed_or_is_the_current_one_gets_a_card_of_its_repo
     served: LoopbackHub, child: Child, checkpoint: Path, tmp_path: Path
 ) -> None:
     served.repos, served.faults = {}, {}
-    folder = hub.export(checkpoint, tmp_path / 'test_ait.one').rename(tmp_path / 'test_ait.two')
+    results = tmp_path / 'results.json'
+    results.write_text('{"top1": 41.25}')
+    written = hub.export(
+        checkpoint, tmp_path / 'test_ait.my one', results=results, dataset='toys', compare={'other': str(results)}
+    )
+    folder = written.rename(tmp_path / 'test_ait.two')
     child(push_with_token, folder, 'me/test_ait.two')
     child(push_with_token, Path('.'), 'me/test_ait.three', cwd=folder)
     for repo in ('me/test_ait.two', 'me/test_ait.three'):
         card = served.repos[repo]['README.md'].decode()
         assert card.count(f"create_model('hf-hub:{repo}'") == card.count('hf-hub:') > 0
+        for line in ('# Model card for {}', '- name: {}', '| {} |  | 41.25 |  |'):
+            assert f'\n{line.format(repo.removeprefix("me/"))}\n' in card
+        assert 'my one' not in card
 
 
 def test_a_folder_for_the_organisation_of_the_package_is_listed(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = hub.export(checkpoint, tmp_path / 'test_ait.toy')
+    (folder / 'LICENSE').touch()
     monkeypatch.setattr(hub, 'push', lambda **args: 'there')
     monkeypatch.chdir(folder)
     hub.main(['push', '.'])
     digest = sha256((folder / 'model.safetensors').read_bytes())
-    assert f"**published('test_ait.toy', '{digest}')" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"**published('test_ait.toy', '{digest}')" in said
+    assert f'\nnot uploaded from {folder}: LICENSE\n' in said
 
 
 def test_an_upload_that_did_not_arrive_is_an_error(

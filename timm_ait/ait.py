@@ -18,6 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from .convert import fit_pretrained
+from .pickles import explained
 from .pretrained import fetch_weights, packaged, resolve_cfg
 from .stems import ConvEmbed, NormalizedPatchEmbed
 from .transformer import AssociativeTransformer
@@ -41,21 +42,22 @@ def create_ait(
     out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
     cfg = resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay, kwargs.get('pretrained_model_args'))
     weights = fetch_weights(cfg, cache_dir) if pretrained else None
-    model = build_model_with_cfg(
-        model_class,
-        variant,
-        pretrained,
-        pretrained_cfg=replace(cfg, source=None, file=str(weights)) if weights else cfg,
-        pretrained_filter_fn=partial(
-            fit_pretrained,
-            source=str(weights or 'weights'),
-            replace_head=kwargs.get('features_only', False),
-            strict=kwargs.get('pretrained_strict', True),
-        ),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        cache_dir=cache_dir,
-        **kwargs,
-    )
+    with explained(weights):
+        model = build_model_with_cfg(
+            model_class,
+            variant,
+            pretrained,
+            pretrained_cfg=replace(cfg, source=None, file=str(weights)) if weights else cfg,
+            pretrained_filter_fn=partial(
+                fit_pretrained,
+                source=str(weights or 'weights'),
+                replace_head=kwargs.get('features_only', False),
+                strict=kwargs.get('pretrained_strict', True),
+            ),
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            cache_dir=cache_dir,
+            **kwargs,
+        )
     # Where the weights came from, but not their hash, which does not hold for what is trained or saved from here on.
     for part in (model, getattr(model, 'model', model)):  # features_only has the model inside, with a config of its own
         part.pretrained_cfg.update(source=cfg.source, file=cfg.file, notes=None)

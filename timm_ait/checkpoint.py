@@ -1,16 +1,13 @@
 """Read a checkpoint of timm's train.py or of the authors' code, or a file of weights, and build its model."""
 
 import argparse
-import errno
 import json
 import re
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import timm
-import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from .arguments import WORKSPACE_ARGS
 from .convert import fit_pretrained
+from .pickles import read_pickle
 from .relational import RelationalTransformer
 from .transformer import AssociativeTransformer
 
@@ -70,36 +68,10 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Checkpoint:
         except SafetensorError as error:
             raise ValueError(f'{path} is no safetensors file ({error}); was it downloaded whole?') from error
         return Checkpoint(clean_state_dict(weights), _args(None, path), False, {})
-    content: Any
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # of many kinds: whatever the file holds is taken for a pickle
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        with path.open('rb') as file:
-            is_part = file.read(2) in (b'', b'PK') and not zipfile.is_zipfile(path)
-        if is_part or isinstance(error, OSError):
-            reason = str(error).partition('. ')[0] or 'it is empty'
-            raise ValueError(f'{path} breaks off ({reason}); was it written whole?') from error
-        raise ValueError(
-            f'{path} is no checkpoint of tensors and plain values, so it is not read; save the weights alone '
-            f'({str(error).partition(chr(10))[0]})'
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f'expected a state dict or a checkpoint of train.py in {path}, got {type(content).__name__}')
-    averaged = next((content[key] for key in ('state_dict_ema', 'model_ema') if content.get(key) is not None), None)
-    is_ema = use_ema and averaged is not None
-    state_dict = averaged if is_ema else content.get('state_dict', content.get('model', content))
-    named = state_dict.items() if isinstance(state_dict, dict) else [('the weights', state_dict)]
-    other = [(key, value) for key, value in named if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if other:
-        raise ValueError(
-            f'expected tensors by their names in {path}, got {type(other[0][1]).__name__} at {other[0][0]!r}; save the '
-            'state_dict() of the model'
-        )
+    content, state_dict, has_average = read_pickle(path, use_ema)
+    is_ema = use_ema and has_average
     metric = content.get('metric')
-    if not isinstance(metric, (int, float)) or (averaged is not None and not is_ema):  # train.py's is of the average
+    if not isinstance(metric, (int, float)) or (has_average and not is_ema):  # train.py's is of the average
         metric = None
     facts = {} if metric is None else {'metric': metric}
     return Checkpoint(clean_state_dict(state_dict), _args(content.get('args'), path), is_ema, facts)

@@ -128,6 +128,7 @@ def fit_pretrained(
 def _rename(state_dict: StateDict, model: VisionTransformer) -> StateDict:
     """Unpack a checkpoint and rename its keys to those of this package."""
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict.get('model', state_dict)))
+    state_dict.pop('n_averaged', None)  # how many models torch's AveragedModel holds
     if is_authors(state_dict):
         return convert_authors(state_dict, model.patch_embed.patch_size)
     is_own = any(re.search(r'\.mlp\.(memory$|linear_transform\.)', key) for key in state_dict)
@@ -267,12 +268,13 @@ def _check_keys(state_dict: StateDict, own: StateDict) -> None:
     if unknown or missing:
         raise ValueError(
             f'the checkpoint does not fit the model: unknown keys {_some(unknown)}, missing keys {_some(missing)}; '
-            f'{_remedy(unknown + missing)}'
+            f'{_remedy(unknown, missing)}'
         )
 
 
-def _remedy(keys: list[str]) -> str:
-    """What to do about keys that a model has and a checkpoint has not, or the other way round."""
+def _remedy(unknown: list[str], missing: list[str]) -> str:
+    """What to do about keys that a checkpoint has and a model has not, or the other way round."""
+    keys, first = unknown + missing, 'blocks.0.mlp.fc1.weight'
     if all(key.startswith('fc_norm.') for key in keys):
         return (
             'create the model with the pooling of the checkpoint, then change it with reset_classifier(num_classes, '
@@ -280,7 +282,13 @@ def _remedy(keys: list[str]) -> str:
         )
     if all(key.endswith('.mlp.memory') for key in keys):
         return 'the memory is a buffer: save the state_dict() of the model, and not its parameters alone'
-    if 'blocks.0.mlp.fc1.weight' in keys:
+    if prefixes := [key.removesuffix(first) for key in unknown if key.endswith(f'.{first}')]:
+        return f'take {" or ".join(map(repr, prefixes))} off the names of its parameters, and leave out all others'
+    if any('.mlp.lift.' in key for key in unknown):
+        return 'it is of version 0.1: rename lift to linear_transform in the names of its parameters'
+    if unknown and first in missing and not any('.' in key for key in unknown):
+        return 'save the state_dict() of the model alone'
+    if first in keys:
         return 'give the checkpoint of an AiT or of a ViT'
     if any(key.endswith('.attractors') for key in keys):
         return 'a model that was reparameterised has lost its memory; save it before reparameterize_model'

@@ -8,6 +8,7 @@ folder as a user of the Hub will, call ``timm.create_model('local-dir:FOLDER', p
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from timm_ait import AssociativeTransformer, __version__
 from timm_ait.card import METRICS, Results, batch_table, default_repo, write_card
 from timm_ait.checkpoint import build_model, read_checkpoint
 from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, sha256_of
-from timm_ait.publish import listing, publish, push
+from timm_ait.publish import left_out, listing, publish, push
 
 __all__ = ['build_model', 'export', 'publish', 'push', 'read_checkpoint']
 
@@ -55,7 +56,8 @@ def export(
         model_kwargs: Arguments of the model, beside those in the checkpoint.
         use_ema: Take the averaged weights if there are any.
         dtype: Of the weights in the file; the memory stays float32.
-        results: JSON of validate.py (``--results-file results.json --results-format json``).
+        results: JSON of validate.py (``--results-file results.json --results-format json``). Of several results the
+            one of this checkpoint is taken, or of this model.
         dataset: Name of the data set that the results were measured on.
         commit: Commit of the code that trained the model, for the card.
         compare: Names of other models, for instance a control without memory, and their JSON of validate.py.
@@ -63,7 +65,7 @@ def export(
         measured: How and where the results were measured, for the card.
 
     Raises:
-        ValueError: If the checkpoint does not fit the model, or if the folder exists.
+        ValueError: If the checkpoint does not fit the model, if the results are not its own, or if the folder exists.
         WeightsError: If the written folder does not load back bit for bit.
     """
     if folder.exists():
@@ -74,8 +76,9 @@ def export(
     large = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
     if large:
         raise ValueError(f'{large[0]} of {checkpoint} has values beyond the range of {dtype}; take bfloat16 or float32')
+    architecture = model.pretrained_cfg['architecture']
     found = Results(
-        {**read.facts, **_read_results(results)},
+        {**read.facts, **_read_results(results, architecture=architecture, checkpoint=checkpoint.name)},
         dataset,
         measured,
         others={name: _read_results(Path(path)) for name, path in (compare or {}).items()},
@@ -131,8 +134,17 @@ def _load(folder: Path) -> AssociativeTransformer:
         return model.to(file.get_tensor('patch_embed.proj.weight').dtype)
 
 
-def _read_results(path: Path | None, names: Iterable[str] = METRICS) -> dict[str, Any]:
-    """Read what was measured; {} without a file. At least one of these names must stand in it."""
+def _read_results(
+    path: Path | None, names: Iterable[str] = METRICS, architecture: str = '', checkpoint: str = ''
+) -> dict[str, Any]:
+    """Read what was measured; {} without a file. At least one of these names must stand in it.
+
+    Args:
+        path: JSON of a script.
+        names: What may have been measured.
+        architecture: Model that was measured, '' for any.
+        checkpoint: Name of its file.
+    """
     if path is None:
         return {}
     try:
@@ -140,12 +152,45 @@ def _read_results(path: Path | None, names: Iterable[str] = METRICS) -> dict[str
     except ValueError as error:
         raise ValueError(f'{path} is no JSON; validate.py writes it with --results-format json') from error
     if isinstance(content, list) and content:
-        content = content[0]
+        content = _own_result(content, path, architecture, checkpoint)
     if not isinstance(content, dict) or any(not isinstance(content.get(key, 0.0), (int, float)) for key in METRICS):
         raise ValueError(f'{path} holds no results in numbers; validate.py writes it with --results-format json')
     if not content.keys() & set(names):
         raise ValueError(f'{path} holds no {" or ".join(names)}; is it the result of another script?')
+    if wrong := [key for key in METRICS if not math.isfinite(content.get(key, 0.0))]:
+        raise ValueError(f'{path} gives {wrong[0]}={content[wrong[0]]}, expected a finite number; validate it again')
+    if architecture and _measured_model(content) not in ('', architecture):
+        raise ValueError(
+            f'{path} is of {content["model"]}, but the checkpoint holds {architecture}; give the results of this '
+            'checkpoint, and those of other models with --compare'
+        )
     return content
+
+
+def _own_result(results: list[Any], path: Path, architecture: str, checkpoint: str) -> Any:
+    """Choose the result of a checkpoint, or else of a model, among those that validate.py has sorted by accuracy."""
+    if len(results) == 1:
+        return results[0]
+    dicts = [one for one in results if isinstance(one, dict)]
+    own = [
+        one
+        for one in dicts
+        if (
+            Path(one['checkpoint']).name == checkpoint
+            if one.get('checkpoint')
+            else _measured_model(one) == architecture
+        )
+    ]
+    if not architecture or len(own) != 1:
+        whose = f', {len(own)} of them of {checkpoint} or {architecture}' if architecture else ''
+        raise ValueError(f'{path} holds {len(results)} results{whose}; leave the one in it that the card is to show')
+    return own[0]
+
+
+def _measured_model(result: dict[str, Any]) -> str:
+    """Return the entry point that a result of validate.py names, without its tag; '' for a folder or a repository."""
+    model = str(result.get('model') or '')
+    return '' if ':' in model else model.partition('.')[0]
 
 
 def _read_batch_sizes(path: Path | None) -> dict[str, Any]:
@@ -218,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = args.pop('command')
         if command == 'push':
             folder = args['folder'].resolve()
-            print(f'published: {push(**args)}')
+            print(f'published: {push(**args)}', *left_out(folder), sep='\n')
             if args['repo_id'] in ('', default_repo(folder)):
                 line = listing(folder)
                 print(f'to list it as pretrained, import published in timm_ait/ait.py and write at its tag: {line}')

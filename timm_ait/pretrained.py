@@ -51,14 +51,16 @@ WEIGHTS = Path(__file__).parent / 'weights'
 SOURCES = ('file', 'state_dict', 'hf_hub_id', 'url')
 
 OWN_FILE = "load a file of your own with pretrained_cfg_overlay=dict(file='PATH')"
+UNREACHED = 'the Hub was not reached'
+REFUSED_TOKEN = 'it does not accept your token: run `hf auth login`, or set HF_TOKEN'
 EXPLANATIONS: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, 'its owner must grant access: accept the terms on its page, then log in with `hf auth login`'),
     (RepositoryNotFoundError, 'there is no such repository, or it is private: check its name, or run `hf auth login`'),
     (RevisionNotFoundError, 'the repository has no such revision: leave out the part after @ for the newest one'),
-    (LocalEntryNotFoundError, f'the Hub was not reached and the file is not in the cache: connect once, or {OWN_FILE}'),
     (EntryNotFoundError, f'the repository has no such file, and a pickle is not read in its place: {OWN_FILE}'),
 )
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MISSING = 'is missing'
 PICKLES = (b'\x80\x02', b'\x80\x04')  # as torch and pickle begin files that are no zip
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
@@ -172,7 +174,7 @@ def _first_whole_copy(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
             return path
         tried.append(f'{path} {reason}: {advice}')
         folder = path.parent if cfg.file or path.parent != WEIGHTS else path
-        if folder.exists() or not folder.parent.exists():  # a place that does not offer this model needs no warning
+        if reason != MISSING or folder.exists() or not folder.parent.exists():  # else it does not offer this model
             _logger.warning('%s; looking in the next place', tried[-1])
     if repo:
         try:
@@ -197,7 +199,7 @@ def _places(name: str, file: str | None) -> Iterator[tuple[Path, str]]:
     yield Path(file or package), 'install timm_ait again' if file else 'only small models come with the package'
     for folder in os.environ.get(MIRRORS, '').split(os.pathsep):
         if folder:
-            yield Path(folder).expanduser() / name / FILENAME, f'check {MIRRORS}, or copy the file there again'
+            yield Path(os.path.expanduser(folder)) / name / FILENAME, f'check {MIRRORS}, or copy the file there again'
     checkout = WEIGHTS.parents[1] / 'benchmarks' / 'weights'
     if checkout.is_dir():
         yield checkout / name / FILENAME, 'get it again from the repository of this package'
@@ -212,14 +214,17 @@ def _verified(path: Path, sha256: str) -> Path:
         raise WeightsError(
             f'there is no file {path}: check the path; a folder of weights holds config.json and {FILENAME}'
         )
-    reason = ''
-    if sha256 or path.suffix == '.safetensors':
-        reason = _damage(path, sha256)
-    elif not zipfile.is_zipfile(path) and _start_of(path) not in PICKLES:
-        reason = 'is no whole checkpoint'
+    is_verified = sha256 or path.suffix == '.safetensors'
+    reason = _damage(path, sha256) if is_verified else damage_of_pickle(path)
     if reason:
         raise WeightsError(f'{path} {reason}: download or copy it again')
     return path
+
+
+def damage_of_pickle(path: Path) -> str:
+    """Say that a file is none that torch writes, as the end of a sentence; '' if it may be one."""
+    is_one = zipfile.is_zipfile(path) or _start_of(path) in PICKLES
+    return '' if is_one else 'is no whole checkpoint'
 
 
 def _pickle_alone(path: Path) -> str:
@@ -231,9 +236,9 @@ def _pickle_alone(path: Path) -> str:
 
 def _damage(path: Path, sha256: str) -> str:
     """Say what is wrong with a safetensors file, as the end of a sentence; '' if it is whole."""
-    if not path.is_file():
-        return 'is missing'
     try:
+        if not path.is_file():
+            return MISSING
         with safe_open(path, 'pt') as file:
             file.keys()
         found = sha256_of(path) if sha256 else ''
@@ -251,7 +256,7 @@ def _start_of(path: Path) -> bytes:
 
 
 def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
-    """Return a file of the Hub. If it is damaged, remove it from the cache and download it once more.
+    """Return a file of the Hub. If it is damaged, download it once more; if that is damaged too, remove it.
 
     A whole file that is not the one that was published stays in the cache: others may use it.
     """
@@ -273,11 +278,10 @@ def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(f'{path} {reason}, and HF_HUB_OFFLINE forbids to download it again: unset it, or {OWN_FILE}')
     _logger.warning('%s %s; downloading it again', path, reason)
-    _discard(path)
     try:
-        path = download()
+        path = download(force=True)  # which replaces the file, so that other processes never find it gone
     except WeightsError as error:
-        raise WeightsError(f'{path} {reason} and was removed, but the second download failed: {error}') from error
+        raise WeightsError(f'{path} {reason}, and the second download failed: {error}') from error
     reason = _damage(path, pinned_sha256(cfg) or _stored_sha256(path))
     if reason:
         _discard(path)
@@ -296,38 +300,60 @@ def _discard(path: Path) -> None:
     try:
         if path.is_symlink():
             (path.parent / os.readlink(path)).unlink(missing_ok=True)
-        path.unlink()
+        path.unlink(missing_ok=True)
     except OSError as error:
         raise WeightsError(
             f'{path} is damaged and cannot be removed ({error.strerror}): remove it, or set HF_HOME or cache_dir='
         ) from error
 
 
-def _download(repo: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+def _download(
+    repo: str, filename: str, revision: str | None, cache_dir: str | Path | None, force: bool = False
+) -> Path:
+    where: dict[str, Any] = dict(revision=revision, cache_dir=cache_dir)
     try:
-        return Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir, library_name='timm_ait'))
+        return Path(hf_hub_download(repo, filename, **where, force_download=force, library_name='timm_ait'))
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         fault: Exception = error
     except Exception as error:  # the client's network errors have no common base class and change with its version
-        cached = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision)
-        if isinstance(cached, str):
-            _logger.warning('the Hub did not answer (%s); using %s', error, cached)
+        cached = try_to_load_from_cache(repo, filename, **where)
+        if isinstance(cached, str) and not force:
+            _logger.warning('nothing new was loaded from the Hub (%s); using %s', named(error), cached)
             return Path(cached)
         fault = error
+        if isinstance(error, ValueError) and isinstance(error.__cause__, Exception):
+            fault = error.__cause__  # of a forced download the client says no more than that it failed
     url = hf_hub_url(repo, filename, revision=revision)
-    reason, pickle = _explain(fault, cache_dir), try_to_load_from_cache(repo, PICKLE, cache_dir, revision)
+    reason, pickle = _explain(fault, cache_dir), try_to_load_from_cache(repo, PICKLE, **where)
     if isinstance(fault, LocalEntryNotFoundError) and isinstance(pickle, str):
-        reason = f'the Hub was not reached, and the cache holds {_pickle_alone(Path(pickle))}'
+        reason = f'{UNREACHED}, and the cache holds {_pickle_alone(Path(pickle))}'
     raise WeightsError(f'no weights from {url}: {reason}') from fault
 
 
 def _explain(error: Exception, cache_dir: str | Path | None) -> str:
+    if isinstance(error, LocalEntryNotFoundError):
+        cause = error.__cause__
+        reached, step = ('the Hub sent no file', 'try again') if status_of(cause) else (UNREACHED, 'connect once')
+        reached += f' ({named(cause)})' if cause else ''
+        return f'{reached} and the file is not in the cache: {step}, or {OWN_FILE}'
     for kind, sentence in EXPLANATIONS:
         if isinstance(error, kind):
             return sentence
+    if status_of(error) == 401:
+        return REFUSED_TOKEN
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         folder = cache_dir or constants.HF_HUB_CACHE
         return f'{folder} has no space for it ({error.strerror}): free some, or set HF_HOME or cache_dir='
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         return f'it cannot be stored ({error}): set HF_HOME or cache_dir= to a folder that you may write to'
-    return f'the connection broke ({type(error).__name__}: {error}), so nothing was loaded: try again, or {OWN_FILE}'
+    return f'the connection broke ({named(error)}), so nothing was loaded: try again, or {OWN_FILE}'
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """Return the status that the Hub answered with; None if an error is no answer of the Hub."""
+    return getattr(getattr(error, 'response', None), 'status_code', None)
+
+
+def named(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its text."""
+    return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'

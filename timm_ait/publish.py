@@ -9,20 +9,21 @@ from typing import Any
 
 import timm
 from huggingface_hub import CommitOperationAdd, HfApi, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm.models import PretrainedCfg
 
 from timm_ait import __version__
 from timm_ait.card import ARGUMENTS, default_repo
-from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, WeightsError, pinned_sha256
+from timm_ait.pretrained import FILENAME, HUB_ORGANISATION, REFUSED_TOKEN, WeightsError, named, pinned_sha256, status_of
 
-__all__ = ['listing', 'publish', 'push']
+__all__ = ['left_out', 'listing', 'publish', 'push']
 
 COLLECTION = 'Associative Transformer'
 FILES = (FILENAME, 'config.json', 'README.md')
 BESIDE = ('config.json', 'README.md', ARGUMENTS)
 ADVICE = {
-    401: 'it does not accept your token: run `hf auth login`, or set HF_TOKEN',
+    401: REFUSED_TOKEN,
     403: "you may not write there: take a token with the role 'write', of a member of the organisation",
     404: 'it knows no such organisation or repository: check the names',
 }
@@ -40,13 +41,15 @@ def push(folder: Path, repo_id: str = '', private: bool = False) -> str:
         The address of the repository.
 
     Raises:
-        ValueError: If the folder is not whole, or does not load.
+        ValueError: If the folder is not whole, or does not load, or if the Hub takes no repository of this name.
         WeightsError: If no user is logged in, if the Hub cannot be used, or if it then holds other weights.
     """
     folder = folder.resolve()  # '.' has no name
+    repo_id = repo_id or default_repo(folder)
+    _check_name(repo_id)
     _check(folder)
     _require_login()
-    return _upload(folder, repo_id or default_repo(folder), private)
+    return _upload(folder, repo_id, private)
 
 
 def publish(organisation: str, folder: Path, dry_run: bool = False) -> list[str]:
@@ -61,12 +64,16 @@ def publish(organisation: str, folder: Path, dry_run: bool = False) -> list[str]
         Lines that say what was done, then the lines for the catalogue.
 
     Raises:
-        ValueError: If there is no such folder, or if a folder in it is not whole. Then nothing is uploaded.
+        ValueError: If there is no such folder, or if a folder in it is not whole or has a name that the Hub does not
+            take. Then nothing is uploaded.
         WeightsError: If no user is logged in, if the Hub cannot be used, or if weights did not arrive.
     """
     folders = _named_folders(folder)
     repos = {f'{organisation}/{each.name}': each for each in folders}
-    lines = ['to list them as pretrained, import published in timm_ait/ait.py and write at their tags:']
+    for repo in repos:
+        _check_name(repo)
+    lines = [line for each in folders for line in left_out(each)]
+    lines.append('to list them as pretrained, import published in timm_ait/ait.py and write at their tags:')
     lines += map(listing, folders)
     if organisation != HUB_ORGANISATION:
         lines.append(f"and in timm_ait/pretrained.py: HUB_ORGANISATION = '{organisation}'")
@@ -92,6 +99,12 @@ def listing(folder: Path) -> str:
     return f"**published('{folder.name}', '{_pinned(folder)}')"
 
 
+def left_out(folder: Path) -> list[str]:
+    """Return a line that names what else lies in a folder of weights, and is not uploaded; [] if nothing does."""
+    others = {path.name for path in folder.iterdir() if not path.name.startswith('.')} - {*FILES, *BESIDE}
+    return [f'not uploaded from {folder}: {", ".join(sorted(others))}'] if others else []
+
+
 def _named_folders(folder: Path) -> list[Path]:
     """List the folders of weights in ``folder``, each of which is whole and named after its model."""
     if not folder.is_dir():
@@ -105,6 +118,17 @@ def _named_folders(folder: Path) -> list[Path]:
         if named != model or not tag:
             raise ValueError(f'{each} holds a model {model}, so its name must be {model}.TAG; rename it')
     return folders
+
+
+def _check_name(repo_id: str) -> None:
+    """Refuse a name that the Hub would refuse."""
+    reason = '' if repo_id.count('/') == 1 else 'it needs one /'
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = reason or str(error)
+    if reason:
+        raise ValueError(f'expected ORGANISATION/NAME, got {repo_id!r} ({reason}); give another, or rename the folder')
 
 
 def _check(folder: Path) -> None:
@@ -148,8 +172,17 @@ def _upload(folder: Path, repo_id: str, private: bool = False) -> str:
 def _files(folder: Path, repo_id: str) -> dict[str, bytes]:
     """Read the files beside the weights as the repository is to hold them, by name."""
     files = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
-    card = re.sub(rf'hf-hub:{HUB_ORGANISATION}/[\w.-]+', f'hf-hub:{repo_id}', files['README.md'].decode())
-    return files | {'README.md': card.encode()}
+    return files | {'README.md': _rename_card(files['README.md'].decode(), repo_id).encode()}
+
+
+def _rename_card(card: str, repo_id: str) -> str:
+    """Write the name of the repository in the place of that of the folder which the card was written for."""
+    title = re.search(r'^# Model card for (.+)$', card, re.MULTILINE)
+    old = re.escape(title[1]) if title else r'[\w.-]+'
+    card = re.sub(rf'hf-hub:{HUB_ORGANISATION}/({old}|[\w.-]+)', f'hf-hub:{repo_id}', card)
+    places = r'model_name: |- name: |# Model card for |\| '
+    new = repo_id.partition('/')[2]
+    return re.sub(rf'^({places}){old}(?=$| \|)', rf'\g<1>{new}', card, flags=re.MULTILINE) if title else card
 
 
 def _is_on_hub(folder: Path, repo_id: str) -> bool:
@@ -176,11 +209,17 @@ def _step(doing: str, state: str) -> Iterator[None]:
         yield
     except Exception as error:  # the client's errors have no common base class and change with its version
         cause: BaseException = error
-        while getattr(cause, 'response', None) is None and cause.__cause__ is not None:
+        while status_of(cause) is None and cause.__cause__ is not None:
             cause = cause.__cause__
-        status = getattr(getattr(cause, 'response', None), 'status_code', None)
-        text = (str(cause).splitlines() or [''])[0]
-        reason = f'no answer ({type(cause).__name__}: {text})'
+        status = status_of(cause)
+        reason = f'no answer ({named(cause)})'
         if status is not None:
-            reason = f'the Hub answered {status}, {ADVICE.get(status, text)}'
+            reason = f'the Hub answered {status}{_own_text(error, cause)}, {ADVICE.get(status, named(cause))}'
         raise WeightsError(f'{doing} failed: {reason}; {state}. Run the same command again, it goes on') from error
+
+
+def _own_text(error: Exception, cause: BaseException) -> str:
+    """Return what the Hub itself says of its refusal, in brackets and one line; '' if it says nothing."""
+    said = getattr(cause, 'server_message', None)
+    about = str(error).partition('\n')[0] if said and error is not cause else ''  # for instance, which file it refuses
+    return f' ({" ".join(f"{about} {said}".split())})' if said else ''
