@@ -5,7 +5,8 @@
 
 Trains the row 'ait', or loads weights, and evaluates it at several batch sizes, twice: as it is, and with the same
 weights in the workspace as the authors compute it, which writes into its memory in evaluation too. A model with another
-memory than the paper's has only the first. The images come class by class, as validate.py reads them.
+memory than the paper's, or with other numbers for it, has only the first. The images come class by class, as
+validate.py reads them.
 """
 
 import argparse
@@ -38,8 +39,9 @@ def loop_heads(model: nn.Module) -> nn.Module:
 
 
 def is_published(layer: GlobalWorkspace) -> bool:
-    """Whether this is the paper's workspace: one memory for the batch, with their rule."""
-    return layer.write_rule == 'published' and layer.write_scope == 'batch' and layer.scale is None
+    """Whether this is the paper's workspace: one memory for the batch, with their rule and their numbers."""
+    is_memory = layer.write_rule == 'published' and layer.write_scope == 'batch' and layer.scale is None
+    return is_memory and (layer.memory_decay, layer.beta, layer.retrieval_steps) == (0.9, 1, 1)
 
 
 def looped(ours: GlobalWorkspace) -> LoopedWorkspace:

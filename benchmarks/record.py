@@ -79,14 +79,22 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Args:
         path: File to write.
         write: Writes its content into the open file.
+
+    Raises:
+        OSError: If the disk is full, for instance.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # another process may write the same file
-    with scratch.open('wb') as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with scratch.open('wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except RuntimeError as error:  # as torch.save says it
+        raise OSError(f'{path} cannot be written: {error.__context__ or error}') from error
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def read_records(folder: Path, names: Iterable[str], pattern: str = '*.json') -> dict[Path, dict[str, Any]]:

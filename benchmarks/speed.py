@@ -266,7 +266,8 @@ def complete(args: Args) -> Args:
     """Fill in the defaults of the device.
 
     Raises:
-        ValueError: For a device that this machine has not, and for tokens that fill no images.
+        ValueError: For a device that this machine has not, for tokens that fill no images, and for rows that would
+            share a name.
     """
     check_device(args.device)
     for name, value in {**DEFAULTS[args.device], **(QUICK if args.quick else {})}.items():
@@ -275,6 +276,8 @@ def complete(args: Args) -> Args:
     wrong = [n for n in args.tokens if n % IMAGE_TOKENS]
     if wrong:
         raise ValueError(f'--tokens must be multiples of {IMAGE_TOKENS}, got {wrong}')
+    if 'variants' in args.rows and len(args.batch_sizes) > 1:
+        raise ValueError(f'--rows variants names no batch size; give one --batch-sizes, got {args.batch_sizes}')
     return args
 
 

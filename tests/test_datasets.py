@@ -131,6 +131,16 @@ def test_questions_are_of_the_kinds_asked_for_and_colours_and_subtypes_equally_f
     assert len(only) == len([*only]) == 60
 
 
+def test_every_ordered_pair_is_asked_about_and_each_kind_draws_its_own_subtypes() -> None:
+    ternary = SortOfClevr('train', 200, kinds=['ternary']).questions.flatten(0, 1)
+    counts = ternary[:, :5].T @ ternary[:, 6:11]  # (5, 5) of objects A and B, 100 each
+    assert not counts.diagonal().any()
+    assert counts[~torch.eye(5, dtype=torch.bool)].min() > 60
+    asked = SortOfClevr('train', 50, kinds=['nonrelational', 'binary']).questions.reshape(50, 2, 10, 18)
+    one, other = asked[..., 15:].argmax(dim=-1).unbind(dim=1)
+    assert (one == other).float().mean() == pytest.approx(1 / 3, abs=0.08)
+
+
 def test_binary_answers_stay_as_a_scene_is_turned_and_mirrored() -> None:
     rng = np.random.default_rng(0)
     for _ in range(100):
@@ -200,6 +210,20 @@ def test_a_triangle_is_drawn_as_three_clusters_which_stand_apart_alike_in_class_
     assert min(len(spreads[0]), len(spreads[1])) > 15
     assert max(spreads[0]) < 2
     assert sum(spread < 2 for spread in spreads[1]) < 0.2 * len(spreads[1])
+
+
+def test_points_lie_up_to_a_pixel_around_their_corner_and_have_a_radius_of_two() -> None:
+    lit, triangles = np.zeros((11, 11)), Triangle('train', 400)
+    for index in range(0, 400, 2):
+        corners = datasets.equilateral_corners(datasets._generator(0, 'train', 0, index), 64)
+        pixels = np.pad(np.asarray(triangles.draw(index)[0]), 5)
+        if min(np.abs(p - q).max() for p, q in itertools.combinations(corners, 2)) > 12:  # the clusters stand apart
+            for x, y in corners.tolist():
+                lit += pixels[y : y + 11, x : x + 11] > 0
+    for axis in (0, 1):
+        places = np.nonzero(lit.any(axis))[0]
+        assert (places.min(), places.max()) == (5 - 3, 5 + 3)
+    assert np.abs(lit - lit[::-1, ::-1]).max() < 0.15 * lit.max()
 
 
 def decode(dataset: AssociativeRecall, image: Image.Image) -> list[dict[str, int]]:

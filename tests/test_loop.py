@@ -1,8 +1,10 @@
 """The training loop of the experiments."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest.mock import Mock
 
 import loop
 import pytest
@@ -137,10 +139,25 @@ def test_a_killed_save_leaves_the_old_file_whole(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, killed)
+    assert list(tmp_path.iterdir()) == [path]
     assert torch.load(path, weights_only=True) == {'step': 3}
     write_whole(path, lambda file: torch.save({'step': 5}, file))
     assert torch.load(path, weights_only=True) == {'step': 5}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_and_gets_its_room_back(tmp_path: Path) -> None:
+    def fill(file: BinaryIO) -> None:
+        def write(data: bytes) -> int:
+            if file.tell() > 1000:
+                raise OSError(errno.ENOSPC, 'No space left on device')
+            return file.write(data)
+
+        torch.save({'weights': torch.zeros(1000)}, Mock(write=write))
+
+    with pytest.raises(OSError, match=r'run\.pt cannot be written: .*No space left on device'):
+        write_whole(tmp_path / 'run.pt', fill)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_or_one_of_other_images_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import variants
+from matplotlib.figure import Figure
 from models import memories
 from photographs import write_noise
 from runs import count_parameters
@@ -107,6 +108,16 @@ def test_the_wider_mlp_has_as_many_trained_parameters_as_the_memory_that_pays() 
 def test_half_an_interval_is_students() -> None:
     assert runs.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
     assert math.isnan(runs.interval([1.0]))
+
+
+def test_each_row_of_a_picture_stands_beside_its_name_and_the_first_is_on_top() -> None:
+    axes = Figure().subplots()
+    runs.draw_rows(axes, {'first': [1.0, 3.0], 'second': [7.0]})
+    names = {label.get_text(): y for label, y in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)}
+    assert names == {'first': 0, 'second': 1}
+    points = [line for line in axes.lines if line.get_color() == 'tab:gray']
+    assert [(line.get_ydata()[0], list(line.get_xdata())) for line in points] == [(0, [1, 3]), (1, [7])]
+    assert axes.get_ylim() == (1.5, -0.5)
 
 
 def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,7 @@ def test_the_variants_of_the_memory_stand_beside_no_memory(tmp_path: Path, monke
     [
         (['--rounds', '0'], 'argument --rounds: expected a whole number of at least 1, got 0'),
         (['--tokens', '10'], '--tokens must be multiples of 64, got [10]'),
+        (['--rows', 'variants'], '--rows variants names no batch size; give one --batch-sizes, got [32, 128]'),
         (['--device', 'cuda'], 'PyTorch finds no GPU here, got --device cuda; take cpu'),
     ],
 )

@@ -16,6 +16,8 @@ import tables
 import torch
 from PIL import Image
 
+from timm_ait import GlobalWorkspace
+
 TOY = '--width 16 --depth 1 --train 20 --test 20 --epochs 2 --batch-size 5 --threads 1'.split()
 BOTH = ['--rows', 'ait', 'vit_small']
 
@@ -301,6 +303,28 @@ def test_a_memory_that_is_not_the_papers_is_measured_in_our_way_alone(folder: Pa
     assert way == 'ours'
     assert len({size['top1'] for size in measured.values()}) == 1
     assert max(size['difference'] for size in measured.values()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'is_published'),
+    [
+        ({}, True),
+        (dict(num_slots=5, bottleneck=4), True),
+        (dict(beta=4.0), False),
+        (dict(memory_decay=0.0), False),
+        (dict(retrieval_steps=3), False),
+    ],
+)
+def test_only_what_the_looped_workspace_computes_is_compared_with_it(
+    kwargs: dict[str, Any], is_published: bool
+) -> None:
+    torch.manual_seed(0)
+    ours = GlobalWorkspace(16, 32, slot_dim=6, write_heads=2, **kwargs).train()
+    ours.memory.copy_(torch.nn.functional.normalize(ours.memory, dim=-1))
+    assert batch_sizes.is_published(ours) is is_published
+    theirs, tokens = batch_sizes.looped(ours), torch.randn(3, 7, 16)
+    with torch.no_grad():
+        assert torch.allclose(ours(tokens), theirs(tokens), atol=1e-5) is is_published
 
 
 def test_the_published_tables_are_those_of_the_results() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import base64
 import csv
+import itertools
 import math
 import re
 import subprocess
@@ -21,7 +22,7 @@ from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from timm_ait import GlobalWorkspace, drawing, page, visualize
+from timm_ait import BlockReport, GlobalWorkspace, drawing, page, visualize
 from timm_ait.checkpoint import find_checkpoints, load_model
 from timm_ait.history import follow_training, measure_drift, read_memories
 from timm_ait.inspection import BlockInspection, inspect
@@ -43,6 +44,29 @@ def by_hand(memory: Tensor, h: Tensor, gain: float = 40, **kwargs: Any) -> Block
         layer.memory.copy_(memory)
     (one,) = inspect(layer, h)
     return one
+
+
+def drawn_by_hand() -> BlockInspection:
+    """Two images of 2 x 3 patches behind a class token, two heads and 18 slots.
+
+    Slot m of head s reads patch (m + s) % 6 of image m % 2. Token n of image b retrieves slot (n - 1) % 6 + 6 b with a
+    weight of 0.5 + 0.05 n, and slot 17 with the rest.
+    """
+    gates, shares = torch.zeros(2, 2, 18, 7), torch.zeros(2, 7, 18)
+    for slot, head in itertools.product(range(18), range(2)):
+        gates[slot % 2, head, slot, 1 + (slot + head) % 6] = 1
+    for image, token in itertools.product(range(2), range(7)):
+        weight = 0.5 + 0.05 * token
+        shares[image, token, (token - 1) % 6 + 6 * image], shares[image, token, 17] = weight, 1 - weight
+    report = BlockReport(3, 0, 0, 0, 0, 0, 0)
+    return BlockInspection(torch.eye(18)[None], gates, shares, torch.ones(2, 7, 5), 2, 3.0, 0.1, (2, 3), report)
+
+
+def patches_in(axis: Any, row: int, column: int) -> list[float]:
+    """What a mosaic shows in the middle of each of the 2 x 3 patches of a picture."""
+    step = drawing.CELL + drawing.GAP
+    pixels = axis.images[0].get_array()[row * step :, column * step :, 0]
+    return [pixels[y, x] for y, x in itertools.product((16, 48), (10, 32, 53))]
 
 
 def save_run(folder: Path, epochs: int = 3) -> Path:
@@ -228,6 +252,11 @@ def test_a_relational_model_is_looked_into_with_its_questions() -> None:
     assert blocks[0].grid == (5, 5)
 
 
+def test_the_balance_loss_counts_with_its_weight() -> None:
+    light, heavy = (inspect(make_model(balance_weight=weight), images(B))[0] for weight in (0.01, 0.5))
+    assert heavy.balance_loss == pytest.approx(50 * light.balance_loss)
+
+
 # ------------------------------------------------------------------------------------------------------- history
 
 
@@ -266,6 +295,69 @@ def test_an_epoch_whose_checkpoint_is_gone_keeps_its_loss(tmp_path: Path) -> Non
     assert [row.get('block') for row in rows] == [0, 1, None, 0, 1]
     assert rows[2]['train_loss'] == 2
     drawing.draw_training(rows)
+
+
+def test_after_a_resume_the_newest_line_of_an_epoch_counts(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / 'run', epochs=1)
+    with (folder / 'summary.csv').open('a') as file:
+        file.write('epoch,train_loss,eval_loss,eval_top1\n0,99,9,98\n')
+    rows = follow_training(folder, images(B))
+    assert [(row['train_loss'], row['eval_top1']) for row in rows] == [(99, 98)] * 2
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_where_a_slot_reads_stands_at_its_place_in_the_mosaic() -> None:
+    first, second = drawing.draw_positions(drawn_by_hand()).axes
+    for slot, head in itertools.product(range(18), range(2)):
+        wanted = [float(patch == (slot + head) % 6) for patch in range(6)]
+        assert patches_in(second if slot >= 16 else first, head, slot % 16) == wanted
+
+
+def test_an_image_is_lit_at_the_patches_that_a_slot_reads() -> None:
+    white = torch.ones(2, 3, 64, 64)
+    white[:, :, 0, 0] = 0  # an image of one colour has no range
+    first, second = drawing.draw_reads(white, drawn_by_hand()).axes
+    for image, slot in itertools.product(range(2), range(18)):
+        read = (slot % 6, (slot + 1) % 6) if image == slot % 2 else ()
+        wanted = [1 if patch in read else 0.12 for patch in range(6)]
+        axis = second if slot >= 16 else first
+        assert patches_in(axis, image, 1 + slot % 16) == pytest.approx(wanted)
+        assert patches_in(axis, image, 0) == pytest.approx([1] * 6)
+
+
+def test_the_slot_that_a_token_retrieves_most_is_drawn_with_its_weight() -> None:
+    axes = drawing.draw_retrieval(torch.rand(2, 3, 20, 30), drawn_by_hand()).axes
+    maps = [axis.images[0].get_array().flatten().tolist() for axis in axes[2:6]]
+    assert maps[:2] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert maps[2] == maps[3] == pytest.approx([0.55, 0.6, 0.65, 0.7, 0.75, 0.8])
+
+
+def test_each_bar_is_the_use_of_its_slot() -> None:
+    block = drawn_by_hand()
+    bars = drawing.draw_use([block]).axes[0].patches
+    assert [bar.get_height() for bar in bars] == pytest.approx((100 * block.use).tolist(), abs=1e-4)
+
+
+def test_both_drifts_are_drawn_under_their_names() -> None:
+    turned = [torch.tensor([[x, [0.0, 3.0]]]) for x in ([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0])]
+    lines = drawing.draw_drift(measure_drift(['a', 'b', 'c'], turned)).axes[0].lines
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
+    assert drawn == {
+        'since the first checkpoint': ([0, 1, 2], [0, 0.5, 1]),
+        'since the checkpoint before': ([1, 2], [0.5, 0.5]),
+    }
+
+
+def test_each_block_has_a_line_of_its_own_over_the_epochs() -> None:
+    names = [name for name in drawing.NUMBERS if name not in ('train_loss', 'eval_top1')]
+    rows = [
+        dict(epoch=epoch, train_loss=1.0, eval_top1=2.0, block=block, **dict.fromkeys(names, 10 * block + epoch))
+        for epoch, block in itertools.product(range(2), range(2))
+    ]
+    for axis in drawing.draw_training(rows).axes[2:]:
+        assert [list(line.get_ydata()) for line in axis.lines] == [[0, 1], [10, 11]]
 
 
 # -------------------------------------------------------------------------------------------------- page and command
