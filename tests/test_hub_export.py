@@ -296,6 +296,11 @@ def test_a_model_of_other_channels_is_no_model_of_this_checkpoint(checkpoint: Pa
         hub.build_model(hub.read_checkpoint(checkpoint), checkpoint, 'test_ait', {'in_chans': 1})
 
 
+def test_a_checkpoint_of_another_model_is_named(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match='holds test_ait, and you named ait_tiny_conv4_32'):
+        hub.build_model(hub.read_checkpoint(checkpoint), checkpoint, 'ait_tiny_conv4_32', {})
+
+
 def test_the_version_names_no_commit_of_a_project_around_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

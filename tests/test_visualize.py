@@ -411,6 +411,11 @@ def test_a_model_by_name_takes_a_checkpoint_and_checkpoints_for_drift(run: Path,
     assert torch.equal(load_model(files[1]).blocks[1].mlp.memory, read_memories(Path(files[1]))[1])
 
 
+def test_a_model_without_weights_needs_a_checkpoint() -> None:
+    with pytest.raises(ValueError, match='ait_small has no weights of its own; give --checkpoint FILE'):
+        load_model('ait_small')
+
+
 def test_a_model_of_one_channel_sees_grey_images(photos: Path) -> None:
     model = timm.create_model('test_ait', in_chans=1, **ARGS)
     x = visualize.read_images(str(photos), model, 2)

@@ -142,6 +142,11 @@ def build_model(
         model.load_state_dict(fit_pretrained(read.state_dict, model, str(path)))
     except RuntimeError as error:
         raise ValueError(f'{path} does not fit {name} with {kwargs}; give its arguments ({error})') from error
+    except ValueError as error:
+        said = str(args.get('model') or name)
+        if said.partition('.')[0] == name.partition('.')[0]:
+            raise
+        raise ValueError(f'the checkpoint holds {said}, and you named {name} ({error})') from error
     args = {**args, 'input_size': (model.in_chans, *model.patch_embed.img_size)}
     model.pretrained_cfg.update(resolve_data_config(args, pretrained_cfg=model.pretrained_cfg, model=model))
     return model, {**kwargs, **_model_args(model)}
@@ -197,6 +202,8 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
             raise ValueError(f'timm cannot make {name}: {error}') from error
         if checkpoint is not None:
             return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
+        if timm.is_model(name) and not timm.models.get_pretrained_cfg(name).has_weights:
+            raise ValueError(f'{name} has no weights of its own; give --checkpoint FILE')
         return timm.create_model(name, pretrained=True)
     if not path.exists():
         raise ValueError(f'expected the name of a model, a checkpoint or the folder of train.py, got {name}')
