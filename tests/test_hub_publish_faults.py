@@ -135,7 +135,7 @@ def test_push_says_what_failed_and_stores_all_files_or_none(
             'Private repository storage limit reached',
             '403 (Private repository storage limit reached)',
         ),
-        ('repos/create', 429, 'You have exceeded\nour limit', '429 (You have exceeded our limit), '),
+        ('repos/create', 429, 'You have exceeded\nour limit', '429 (You have exceeded our limit); '),
     ],
 )
 def test_what_the_hub_says_of_its_refusal_is_passed_on(

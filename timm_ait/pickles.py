@@ -42,8 +42,8 @@ def read_pickle(path: Path, use_ema: bool = True) -> tuple[dict[str, Any], dict[
             raise ValueError(f'{path} breaks off ({error}); was it written whole?') from error
         held = re.search(r'GLOBAL (\S+)', str(error))  # the rest is advice to read it all the same
         raise ValueError(
-            f'{path} is no checkpoint of tensors and plain values, so it is not read; save the weights alone '
-            f'({f"it holds {held[1]}" if held else str(error).partition(". ")[0]})'
+            f'{path} is no checkpoint of tensors and plain values, so it is not read; save the weights alone'
+            + (f' (it holds {held[1]})' if held else '')
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f'expected a state dict or a checkpoint of train.py in {path}, got {type(content).__name__}')

@@ -214,7 +214,9 @@ def _step(doing: str, state: str) -> Iterator[None]:
         status = status_of(cause)
         reason = f'no answer ({named(cause)})'
         if status is not None:
-            reason = f'the Hub answered {status}{_own_text(error, cause)}, {ADVICE.get(status, named(cause))}'
+            own = _own_text(error, cause)
+            advice = ADVICE.get(status, '' if own else named(cause))
+            reason = f'the Hub answered {status}{own}' + (f', {advice}' if advice else '')
         raise WeightsError(f'{doing} failed: {reason}; {state}. Run the same command again, it goes on') from error
 
 
