@@ -120,6 +120,7 @@ def test_the_variants_of_the_memory_stand_beside_no_memory(tmp_path: Path, monke
     [
         (['--rounds', '0'], 'argument --rounds: expected a whole number of at least 1, got 0'),
         (['--tokens', '10'], '--tokens must be multiples of 64, got [10]'),
+        (['--rows', 'tokens', '--tokens', '64'], 'the first of --tokens, got [64] alone; give two'),
         (['--rows', 'variants'], '--rows variants names no batch size; give one --batch-sizes, got [32, 128]'),
         (['--device', 'cuda'], 'PyTorch finds no GPU here, got --device cuda; take cpu'),
     ],
@@ -144,6 +145,12 @@ def test_a_stop_keeps_the_rows_that_were_measured(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         speed.main(['--quick', '--rows', 'inference', '--out', str(tmp_path)])
     assert [row['name'] for row in json.loads((tmp_path / 'speed-cpu-float32.json').read_text())['rows']] == ['cost']
+
+
+def test_without_a_row_that_fits_in_memory_nothing_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, 'model_cases', lambda args: [('large', Mock(side_effect=torch.OutOfMemoryError))])
+    speed.main(['--quick', '--rows', 'inference', '--out', str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_ratio_of_a_row_is_the_median_of_its_rounds_and_is_compared_with_its_goal() -> None:
