@@ -297,6 +297,25 @@ def test_the_accuracy_of_packaged_weights_is_the_same_at_every_batch_size(folder
     assert json.loads((tmp_path / 'batch_sizes.json').read_text()) == record
 
 
+@pytest.mark.parametrize(
+    ('words', 'more'),
+    [
+        (['--weights', 'test_ait', '--grid', '8'], ['--pairs', '3', '--joined']),
+        (['--grid', '4', '--pairs', '1'], ['--seeds', '2']),
+    ],
+    ids=['images', 'seed'],
+)
+def test_a_result_of_other_images_or_another_seed_is_of_other_arguments(
+    words: list[str], more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ['recall', *TOY, *words, '--out', str(tmp_path)]
+    batch_sizes.main(command)
+    for added, kind in (([], 'these arguments'), (more, 'other arguments')):
+        with pytest.raises(SystemExit):
+            batch_sizes.main([*command, *added])
+        assert f'holds what was measured with {kind}' in capsys.readouterr().err
+
+
 def test_a_memory_that_is_not_the_papers_is_measured_in_our_way_alone(folder: Path, tmp_path: Path) -> None:
     batch_sizes.main(['cifar10', str(folder), '--weights', 'ait_tiny_conv4_32', '--test', '20', '--out', str(tmp_path)])
     ((way, measured),) = json.loads((tmp_path / 'batch_sizes.json').read_text())['batch_sizes'].items()
