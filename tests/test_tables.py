@@ -172,6 +172,15 @@ def test_results_of_other_images_never_mix(folder: Path, tmp_path: Path, capsys:
     assert 'use the same settings and images' in capsys.readouterr().err
 
 
+def test_the_recorded_command_names_no_folder_of_one_machine() -> None:
+    for words in (['/a/data/', '--out', '/b/out/'], ['/a/data', '--out=/b/out'], ['/a/x=y/', '--out=/b/x=y/']):
+        command = ['cifar10', *words, '--lr=0.1']
+        args = tables.complete(tables.make_parser().parse_args(command), command)
+        assert args.command.replace('--out=', '--out ') == (
+            'python benchmarks/tables.py cifar10 DIR --out OUT --lr=0.1'
+        )
+
+
 def test_too_few_images_or_classes_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = shutil.copytree(folder, tmp_path / 'few')
     for split in ('train', 'test'):
@@ -201,6 +210,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'together with --width': ['triangle', '--heads', '4'],
         'give --heads, at least 1': ['triangle', '--width', '64', '--heads', '0'],
         'which it must divide': ['triangle', '--width', '64', '--heads', '3'],
+        '--mlp-ratio must be above 0, got -1.0': ['triangle', '--mlp-ratio', '-1'],
         'got vit_small, without slots': ['triangle', '--rows', 'vit_small', '--num-slots', '8'],
         'for --rows that have slots; got 0': ['triangle', '--rows', 'ait', '--num-slots', '0'],
         'of ait may be slot_dim,': ['triangle', '--rows', 'ait', '--model-kwargs', 'num_slots=8'],
