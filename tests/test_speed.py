@@ -14,7 +14,7 @@ import speed
 import timm
 import torch
 from contenders import LoopedWorkspace, vit_like
-from measure import Row, Side, compare_bytes, peak_bytes, table, time_sides
+from measure import Row, Side, compare_bytes, draw, peak_bytes, table, time_sides
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -159,6 +159,15 @@ def test_the_ratio_of_a_row_is_the_median_of_its_rounds_and_is_compared_with_its
     speedup = Row('speed', 'seconds', 1.9, True, ours=[2.0], theirs=[3.0], flops=[1.0, 2.0])
     assert (speedup.ratio, speedup.floor, speedup.passes()) == (1.5, 2.0, False)
     assert 'speed | 1.500 (missed) |' in table([cost, speedup], peak_tflops=1.0)
+
+
+def test_the_legend_names_every_mark_once() -> None:
+    cost = Row('memory', 'bytes', None, False, ours=[2.0], theirs=[1.0])
+    speedup = Row('speed', 'seconds', 1.9, True, ours=[2.0], theirs=[3.0], flops=[1.0, 2.0], moved=[1.0, 2.0])
+    (legend,) = draw([cost, cost, speedup], 'title').legends
+    names = {text.get_text() for text in legend.get_texts()}
+    assert names == {'measured', 'goal', 'matrix work alone', 'memory traffic alone'}
+    assert len(legend.get_texts()) == len(names)
 
 
 def test_rounds_alternate_between_the_sides() -> None:
