@@ -96,9 +96,11 @@ def run(args: argparse.Namespace) -> None:
     """Train or load the model, evaluate it both ways, print the table and write the result."""
     torch.set_num_threads(args.threads)
     (seed,), data = args.seeds, tables.TASKS[args.table].data
-    arguments = {'table': args.table, 'test': args.test, 'weights': args.weights}
     if args.weights is None:
-        arguments = tables.settings_of(args)
+        arguments = {**tables.settings_of(args), 'seed': seed}
+    else:
+        names = ('table', 'test', 'weights', *tables.OF_ONE_TABLE.get(args.table, ()))
+        arguments = {name: getattr(args, name) for name in names}
     check_new(args.out / RESULT, arguments)
     training: dict[str, Any] = {}
     checkpoint = None

@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 from loop import sample_folder
-from record import positive, told, write_record
+from record import check_device, check_new, positive, told, write_record
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -124,7 +124,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not timm.is_model(args.model) and ':' not in args.model:
         parser.error(f'timm has no model {args.model}; timm.list_models() lists them')
+    arguments = {key: value for key, value in vars(args).items() if key not in ('folder', 'output')}
     with told(parser, args.output.parent):
+        check_device(args.device)
+        check_new(args.output.with_suffix('.json'), arguments)
         model = timm.create_model(
             args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint, num_classes=args.num_classes
         )
@@ -133,7 +136,6 @@ def main(argv: list[str] | None = None) -> None:
         shares = head_shares(model.to(args.device), (images.to(args.device) for images, _ in loader))
         print_table(shares)
         draw(args.output, shares, f'{args.model}, {len(chosen)} images')
-        arguments = {key: value for key, value in vars(args).items() if key not in ('folder', 'output')}
         results = {'shares': {name: layer.tolist() for name, layer in shares.items()}}
         write_record(args.output.with_suffix('.json'), arguments, results)
 

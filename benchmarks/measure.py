@@ -207,7 +207,9 @@ def draw(rows: list[Row], title: str) -> Figure:
     heights = [1 + len(kind) for kind in kinds]
     for axes, kind in zip(figure.subplots(len(kinds), squeeze=False, height_ratios=heights)[:, 0], kinds, strict=True):
         _draw_rows(axes, kind)
-    figure.axes[0].legend(loc='best', fontsize='small')
+    labelled = (axes.get_legend_handles_labels() for axes in figure.axes)
+    marks = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(marks.values(), marks, loc='outside lower center', ncols=4, fontsize='small')
     return figure
 
 
@@ -218,7 +220,7 @@ def _draw_rows(axes: Any, rows: list[Row]) -> None:
         axes.plot(row.quartiles, [y] * len(row.quartiles), color='tab:blue', linewidth=3, alpha=0.4)
         for name, (marker, colour, label) in marks.items():
             if (value := getattr(row, name)) is not None:
-                axes.plot(value, y, marker, color=colour, label=label if y == 0 else None)
+                axes.plot(value, y, marker, color=colour, label=label)
     axes.axvline(1, color='grey', linewidth=0.5)
     kind = 'throughput, more is better' if rows[0].at_least else 'cost, less is better'
     axes.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows], xlabel=f'ratio of {kind}')

@@ -24,7 +24,7 @@ from timm_ait.checkpoint import load_model
 @torch.no_grad()
 def write_noise(model: Any, writes: int) -> dict[int, BlockReport]:
     """Write random images. Return a report on the first block by the number of writes."""
-    size = (32, model.in_chans, *model.patch_embed.img_size)
+    size = (32, *model.pretrained_cfg['input_size'])
     seen = {}
     for i in range(writes + 1):
         if str(i).strip('0') in ('', '1', '3') or i == writes:

@@ -290,7 +290,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_all(args: Args) -> None:
-    """Measure all rows."""
+    """Measure all rows.
+
+    Raises:
+        ValueError: If there is nothing to measure, or if there are older numbers.
+    """
     stem = args.out / f'speed-{args.device}-{args.dtype}{"-compiled" if args.compile else ""}'
     arguments = {key: value for key, value in vars(args).items() if key != 'out'}
     arguments['fused_attention'] = use_fused_attn() > 0  # TIMM_FUSED_ATTN
@@ -299,14 +303,18 @@ def run_all(args: Args) -> None:
     keep_freed_memory()
     depth = depth_cases(args) if 'depth' in args.rows else []
     variants = variant_cases(args) if 'variants' in args.rows else []
+    cases = [*model_cases(args), *depth, *workspace_cases(args), *image_cases(args), *variants]
+    if not cases:
+        raise ValueError(f'--rows tokens compares with the first of --tokens, got {args.tokens} alone; give two')
     rows: list[Row] = []
-    for row in measure([*model_cases(args), *depth, *workspace_cases(args), *image_cases(args), *variants]):
+    for row in measure(cases):
         rows.append(row)
         write_record(stem.with_suffix('.json'), arguments, {'rows': [asdict(row) for row in rows]})
     print(table(rows, args.peak_tflops))
     machine = environment()
     title = f'{machine["gpu"] if args.device == "cuda" else machine["cpu"]}, {stem.name}, {machine["commit"]}'
-    draw(rows, title).savefig(stem.with_suffix('.png'), dpi=120)
+    if rows:
+        draw(rows, title).savefig(stem.with_suffix('.png'), dpi=120)
 
 
 if __name__ == '__main__':

@@ -327,6 +327,8 @@ def complete(args: argparse.Namespace, argv: list[str] | None, script: str = 'ta
     """
     if args.heads is not None and (args.width is None or args.heads < 1 or args.width % args.heads):
         raise ValueError('give --heads, at least 1, together with --width, which it must divide')
+    if args.mlp_ratio is not None and not args.mlp_ratio > 0:
+        raise ValueError(f'--mlp-ratio must be above 0, got {args.mlp_ratio}')
     if args.num_slots is not None:
         without = [row for row in args.rows if not has_slots(row)]
         if args.num_slots < 1 or without:
@@ -349,9 +351,15 @@ def complete(args: argparse.Namespace, argv: list[str] | None, script: str = 'ta
         if getattr(args, name) is None:
             setattr(args, name, value)
     words = sys.argv[1:] if argv is None else argv
-    folders = {str(args.data): 'DIR', str(args.out): 'OUT'}  # those of one machine tell nobody anything
-    args.command = shlex.join(['python', f'benchmarks/{script}', *(folders.get(word, word) for word in words)])
+    folders = {args.data: 'DIR', args.out: 'OUT'}  # those of one machine tell nobody anything
+    args.command = shlex.join(['python', f'benchmarks/{script}', *(without_folders(word, folders) for word in words)])
     return args
+
+
+def without_folders(word: str, folders: dict[Path, str]) -> str:
+    """A word of a command line, FOLDER or --option=FOLDER, with the name of a folder in its place."""
+    option, equals, value = word.partition('=') if word.startswith('--') else ('', '', word)
+    return f'{option}{equals}{folders.get(Path(value), value)}'
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -127,14 +127,35 @@ def test_the_demo_replaces_its_own_images_and_deletes_no_others(
         assert path.exists()
 
 
-@pytest.mark.parametrize('option', ['--epochs', '--batch-size'])
-def test_a_number_below_one_is_refused_before_anything_is_written(
-    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ('option', 'value', 'message'),
+    [
+        ('--epochs', '0', '--epochs must be at least 1, got 0'),
+        ('--batch-size', '0', '--batch-size must be at least 1, got 0'),
+        ('--threads', '0', '--threads must be at least 1, got 0'),
+        ('--workers', '-1', '--workers must be at least 0, got -1'),
+        ('--device', 'cuda', 'PyTorch finds no GPU here, got --device cuda; take cpu'),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_is_written(
+    option: str,
+    value: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit, match='2'):
-        demo.main(['--output', str(tmp_path / 'demo'), option, '0'])
-    assert f'error: {option} must be at least 1, got 0' in capsys.readouterr().err
+        demo.main(['--output', str(tmp_path / 'demo'), option, value])
+    assert f'error: {message}' in capsys.readouterr().err
     assert not (tmp_path / 'demo').exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'file').touch()
+    assert demo.main(['--output', str(tmp_path / 'file')]) == 2
+    assert 'error: [Errno 20] Not a directory' in capsys.readouterr().err
 
 
 def test_the_demo_prints_the_commands_of_its_run(ran: tuple[Path, str]) -> None:

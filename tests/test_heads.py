@@ -62,10 +62,14 @@ def test_a_model_without_attention_or_an_empty_folder_is_named() -> None:
         heads.head_shares(timm.create_model('test_ait'), [])
 
 
-def test_an_unknown_model_or_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_model_or_what_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     for arguments, message in (
         (['--model', 'no_such'], 'timm has no model no_such'),
         (['--model', 'test_ait'], 'No such file'),
+        (['--model', 'test_ait', '--device', 'cuda'], 'PyTorch finds no GPU here, got --device cuda; take cpu'),
     ):
         with pytest.raises(SystemExit):
             heads.main([str(tmp_path / 'nowhere'), *arguments, '--output', str(tmp_path / 'heads.png')])
@@ -95,3 +99,7 @@ def test_it_prints_a_row_a_layer_and_draws_the_groups(tmp_path: Path, capsys: py
     assert list(record['shares']) == [row[0] for row in rows[:-1]]
     assert {len(shares) for shares in record['shares'].values()} == {4}
     assert record['arguments']['model'] == 'test_ait'
+    with pytest.raises(SystemExit, match='2'):
+        heads.main([str(tmp_path), '--model', 'test_vit', '--output', str(picture)])
+    assert 'heads.json holds what was measured with other arguments; keep it' in capsys.readouterr().err
+    assert json.loads(picture.with_suffix('.json').read_text()) == record

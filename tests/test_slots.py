@@ -21,6 +21,9 @@ def test_the_script_prints_a_row_for_each_block_or_each_number_of_writes(
         with pytest.raises(SystemExit):
             slots.main(arguments)
     assert 'error: ' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        slots.main(['--writes', '3', '--model', 'test_resnet'])
+    assert 'error: the model has no GlobalWorkspace to report on' in capsys.readouterr().err
 
 
 def test_a_checkpoint_may_have_another_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

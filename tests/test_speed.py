@@ -14,7 +14,7 @@ import speed
 import timm
 import torch
 from contenders import LoopedWorkspace, vit_like
-from measure import Row, Side, compare_bytes, peak_bytes, table, time_sides
+from measure import Row, Side, compare_bytes, draw, peak_bytes, table, time_sides
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,6 +120,7 @@ def test_the_variants_of_the_memory_stand_beside_no_memory(tmp_path: Path, monke
     [
         (['--rounds', '0'], 'argument --rounds: expected a whole number of at least 1, got 0'),
         (['--tokens', '10'], '--tokens must be multiples of 64, got [10]'),
+        (['--rows', 'tokens', '--tokens', '64'], 'the first of --tokens, got [64] alone; give two'),
         (['--rows', 'variants'], '--rows variants names no batch size; give one --batch-sizes, got [32, 128]'),
         (['--device', 'cuda'], 'PyTorch finds no GPU here, got --device cuda; take cpu'),
     ],
@@ -146,12 +147,27 @@ def test_a_stop_keeps_the_rows_that_were_measured(tmp_path: Path, monkeypatch: p
     assert [row['name'] for row in json.loads((tmp_path / 'speed-cpu-float32.json').read_text())['rows']] == ['cost']
 
 
+def test_without_a_row_that_fits_in_memory_nothing_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, 'model_cases', lambda args: [('large', Mock(side_effect=torch.OutOfMemoryError))])
+    speed.main(['--quick', '--rows', 'inference', '--out', str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_ratio_of_a_row_is_the_median_of_its_rounds_and_is_compared_with_its_goal() -> None:
     cost = Row('cost', 'seconds', 1.5, False, ours=[2.0, 3.0, 8.0], theirs=[2.0, 2.0, 4.0], flops=[6.0, 3.0])
     assert (cost.ratio, cost.quartiles, cost.floor, cost.passes()) == (1.5, [1.25, 1.75], 2.0, True)
     speedup = Row('speed', 'seconds', 1.9, True, ours=[2.0], theirs=[3.0], flops=[1.0, 2.0])
     assert (speedup.ratio, speedup.floor, speedup.passes()) == (1.5, 2.0, False)
     assert 'speed | 1.500 (missed) |' in table([cost, speedup], peak_tflops=1.0)
+
+
+def test_the_legend_names_every_mark_once() -> None:
+    cost = Row('memory', 'bytes', None, False, ours=[2.0], theirs=[1.0])
+    speedup = Row('speed', 'seconds', 1.9, True, ours=[2.0], theirs=[3.0], flops=[1.0, 2.0], moved=[1.0, 2.0])
+    (legend,) = draw([cost, cost, speedup], 'title').legends
+    names = {text.get_text() for text in legend.get_texts()}
+    assert names == {'measured', 'goal', 'matrix work alone', 'memory traffic alone'}
+    assert len(legend.get_texts()) == len(names)
 
 
 def test_rounds_alternate_between_the_sides() -> None:

@@ -172,6 +172,15 @@ def test_results_of_other_images_never_mix(folder: Path, tmp_path: Path, capsys:
     assert 'use the same settings and images' in capsys.readouterr().err
 
 
+def test_the_recorded_command_names_no_folder_of_one_machine() -> None:
+    for words in (['/a/data/', '--out', '/b/out/'], ['/a/data', '--out=/b/out'], ['/a/x=y/', '--out=/b/x=y/']):
+        command = ['cifar10', *words, '--lr=0.1']
+        args = tables.complete(tables.make_parser().parse_args(command), command)
+        assert args.command.replace('--out=', '--out ') == (
+            'python benchmarks/tables.py cifar10 DIR --out OUT --lr=0.1'
+        )
+
+
 def test_too_few_images_or_classes_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = shutil.copytree(folder, tmp_path / 'few')
     for split in ('train', 'test'):
@@ -201,6 +210,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'together with --width': ['triangle', '--heads', '4'],
         'give --heads, at least 1': ['triangle', '--width', '64', '--heads', '0'],
         'which it must divide': ['triangle', '--width', '64', '--heads', '3'],
+        '--mlp-ratio must be above 0, got -1.0': ['triangle', '--mlp-ratio', '-1'],
         'got vit_small, without slots': ['triangle', '--rows', 'vit_small', '--num-slots', '8'],
         'for --rows that have slots; got 0': ['triangle', '--rows', 'ait', '--num-slots', '0'],
         'of ait may be slot_dim,': ['triangle', '--rows', 'ait', '--model-kwargs', 'num_slots=8'],
@@ -295,6 +305,25 @@ def test_the_accuracy_of_packaged_weights_is_the_same_at_every_batch_size(folder
     with pytest.raises(SystemExit):
         batch_sizes.main(['cifar10', str(folder), '--weights', 'test_ait', '--test', '10', '--out', str(tmp_path)])
     assert json.loads((tmp_path / 'batch_sizes.json').read_text()) == record
+
+
+@pytest.mark.parametrize(
+    ('words', 'more'),
+    [
+        (['--weights', 'test_ait', '--grid', '8'], ['--pairs', '3', '--joined']),
+        (['--grid', '4', '--pairs', '1'], ['--seeds', '2']),
+    ],
+    ids=['images', 'seed'],
+)
+def test_a_result_of_other_images_or_another_seed_is_of_other_arguments(
+    words: list[str], more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ['recall', *TOY, *words, '--out', str(tmp_path)]
+    batch_sizes.main(command)
+    for added, kind in (([], 'these arguments'), (more, 'other arguments')):
+        with pytest.raises(SystemExit):
+            batch_sizes.main([*command, *added])
+        assert f'holds what was measured with {kind}' in capsys.readouterr().err
 
 
 def test_a_memory_that_is_not_the_papers_is_measured_in_our_way_alone(folder: Path, tmp_path: Path) -> None:

@@ -45,9 +45,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--min-accuracy', type=float, default=95.0, help='in percent; the demo fails below it')
     args = parser.parse_args(argv)
-    for name in ('epochs', 'batch_size'):
-        if getattr(args, name) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    for name, least in dict(epochs=1, batch_size=1, threads=1, workers=0).items():
+        if getattr(args, name) < least:
+            parser.error(f'--{name.replace("_", "-")} must be at least {least}, got {getattr(args, name)}')
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        parser.error(f'PyTorch finds no GPU here, got --device {args.device}; take cpu')
     return args
 
 
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     data = args.output / 'digits'
     try:
         write_digits(data, args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
 
