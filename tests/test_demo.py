@@ -134,6 +134,7 @@ def test_the_demo_replaces_its_own_images_and_deletes_no_others(
         ('--batch-size', '0', '--batch-size must be at least 1, got 0'),
         ('--threads', '0', '--threads must be at least 1, got 0'),
         ('--workers', '-1', '--workers must be at least 0, got -1'),
+        ('--seed', '-1', '--seed must be at least 0, got -1'),
         ('--device', 'cuda', 'PyTorch finds no GPU here, got --device cuda; take cpu'),
     ],
 )

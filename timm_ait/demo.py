@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--min-accuracy', type=float, default=95.0, help='in percent; the demo fails below it')
     args = parser.parse_args(argv)
-    for name, least in dict(epochs=1, batch_size=1, threads=1, workers=0).items():
+    for name, least in dict(epochs=1, batch_size=1, threads=1, workers=0, seed=0).items():
         if getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} must be at least {least}, got {getattr(args, name)}')
     if args.device.startswith('cuda') and not torch.cuda.is_available():
