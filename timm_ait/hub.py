@@ -171,20 +171,18 @@ def _own_result(results: list[Any], path: Path, architecture: str, checkpoint: s
     """Choose the result of a checkpoint, or else of a model, among those that validate.py has sorted by accuracy."""
     if len(results) == 1:
         return results[0]
-    dicts = [one for one in results if isinstance(one, dict)]
-    own = [
-        one
-        for one in dicts
-        if (
-            Path(one['checkpoint']).name == checkpoint
-            if one.get('checkpoint')
-            else _measured_model(one) == architecture
-        )
-    ]
+    own = [one for one in results if isinstance(one, dict) and _is_of(one, architecture, checkpoint)]
     if not architecture or len(own) != 1:
         whose = f', {len(own)} of them of {checkpoint} or {architecture}' if architecture else ''
         raise ValueError(f'{path} holds {len(results)} results{whose}; leave the one in it that the card is to show')
     return own[0]
+
+
+def _is_of(result: dict[str, Any], architecture: str, checkpoint: str) -> bool:
+    """Whether a result is of this checkpoint, or of this model where it names no checkpoint."""
+    if result.get('checkpoint'):
+        return Path(result['checkpoint']).name == checkpoint
+    return _measured_model(result) == architecture
 
 
 def _measured_model(result: dict[str, Any]) -> str:
