@@ -7,7 +7,6 @@ with ``module='relational'``, and not with ``module='ait'``: timm's own model te
 from typing import Any
 
 import torch
-from timm.layers import get_device_dtype
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ class RelationalTransformer(AssociativeTransformer):
             no_embed_class=True,
             **vit_args,
         )
-        dd = get_device_dtype(self)
+        dd = self._factory()
         self.question_dim = question_dim
         self.question_embed = nn.Sequential(
             nn.LayerNorm(question_dim, **dd),

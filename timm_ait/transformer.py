@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from timm.layers import get_device_dtype, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import checkpoint, register_notrace_module
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.utils import reparameterize_model
@@ -346,7 +346,7 @@ class AssociativeTransformer(VisionTransformer):
     def _flatten_tokens(self, norm: bool) -> None:
         """Make the classifier read all tokens side by side: (B, N, E) -> (B, N*E)."""
         width = (self.patch_embed.num_patches + self.num_prefix_tokens) * self.embed_dim
-        self.fc_norm = nn.LayerNorm(width, **get_device_dtype(self)) if norm else nn.Identity()  # type: ignore[assignment]
+        self.fc_norm = nn.LayerNorm(width, **self._factory()) if norm else nn.Identity()  # type: ignore[assignment]
         self.head_hidden_size = width
         self._flatten()
 
@@ -355,11 +355,16 @@ class AssociativeTransformer(VisionTransformer):
         self.global_pool = 'flatten'
         self.attn_pool, self.pool_include_prefix = nn.Flatten(1), True  # timm's place for a pooling module
         width, classes = self.head_hidden_size, self.num_classes
-        self.head = nn.Linear(width, classes, **get_device_dtype(self)) if classes > 0 else nn.Identity()
+        self.head = nn.Linear(width, classes, **self._factory()) if classes > 0 else nn.Identity()
         # timm's num_features is the width of what a model without classifier returns
         self.num_features = self.embed_dim if classes > 0 else width
         for module in (self.attn_pool, self.fc_norm, self.head):  # made anew, in the mode of the model
             module.train(self.training)
+
+    def _factory(self) -> dict[str, Any]:
+        """Device and dtype of the model, for a new layer."""
+        like = self.patch_embed.proj.weight
+        return {'device': like.device, 'dtype': like.dtype}
 
     def _check_pool(self, global_pool: str | None) -> None:
         if global_pool is None or global_pool == self.global_pool:
