@@ -441,9 +441,9 @@ class GlobalWorkspace(nn.Module):
 
     def _is_frozen(self) -> bool:
         """Whether the layer has parameters, and all are frozen. FSDP1 and DataParallel keep them elsewhere."""
-        parameters = list(self.parameters())
-        if any(p.requires_grad for p in parameters):
+        if any(p.requires_grad for p in self.parameters()):
             return False
+        parameters = list(self.parameters())
         if torch.compiler.is_compiling():
             return bool(parameters)
         if any(map(torch._C._functorch.is_gradtrackingtensor, parameters)):
