@@ -12,8 +12,7 @@ from timm.models import VisionTransformer, build_model_with_cfg, generate_defaul
 from variants import NoMemory
 
 from timm_ait import AssociativeTransformer
-from timm_ait.ait import CIFAR10_MEAN, CIFAR10_STD, ait_small_patch4_32, ait_tiny_conv4_32
-from timm_ait.stems import ConvEmbed
+from timm_ait.ait import CIFAR10_MEAN, CIFAR10_STD, TINY_ARGS, ait_small_patch4_32, ait_tiny_conv4_32
 
 default_cfgs = generate_default_cfgs(
     {
@@ -53,14 +52,5 @@ def ait_tiny_conv4_32_no_memory(pretrained: bool = False, **kwargs: Any) -> Asso
 @register_model
 def vit_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A ViT beside ait_tiny_conv4_32: its stem, width, depth and head, with a wider MLP: 1.7 M parameters too."""
-    model_args: dict[str, Any] = dict(
-        patch_size=1,  # of the stem's feature map
-        embed_dim=192,
-        depth=3,
-        num_heads=6,
-        mlp_ratio=3,
-        class_token=False,
-        global_pool='avg',
-        embed_layer=ConvEmbed,
-    )
+    model_args = dict(TINY_ARGS, mlp_ratio=3)
     return build_model_with_cfg(VisionTransformer, 'vit_tiny_conv4_32', pretrained, **dict(model_args, **kwargs))

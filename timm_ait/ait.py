@@ -164,6 +164,16 @@ def paper_args(depth: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(model_args, **kwargs)
 
 
+# A small model in today's style; benchmarks/controls.py makes a ViT of it too.
+TINY_ARGS: dict[str, Any] = dict(
+    patch_size=1,  # of the stem's feature map
+    embed_dim=192,
+    depth=3,
+    num_heads=6,
+    class_token=False,
+    global_pool='avg',
+    embed_layer=ConvEmbed,
+)
 # The sizes of the models for tests.
 TEST_ARGS = dict(embed_dim=128, num_heads=4, mlp_ratio=2.0, num_slots=16, slot_dim=16, write_heads=4)
 
@@ -229,19 +239,8 @@ def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTra
     Convolutions in place of the patches (Xiao et al., https://arxiv.org/abs/2106.14881), positions, the mean of the
     tokens before the classifier, and a memory for each image, whose slots stay distinct.
     """
-    model_args: dict[str, Any] = dict(
-        patch_size=1,  # of the stem's feature map
-        embed_dim=192,
-        depth=3,
-        num_heads=6,
-        mlp_ratio=2,
-        class_token=False,
-        global_pool='avg',
-        embed_layer=ConvEmbed,
-        write_rule='distinct',
-        write_scope='image',
-        write_heads=4,
-        memory_decay=0.5,
+    model_args = dict(
+        TINY_ARGS, mlp_ratio=2, write_rule='distinct', write_scope='image', write_heads=4, memory_decay=0.5
     )
     return create_ait('ait_tiny_conv4_32', pretrained, **dict(model_args, **kwargs))
 

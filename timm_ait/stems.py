@@ -120,10 +120,10 @@ class ConvEmbed(HybridEmbed):
 
 def check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], padded: bool) -> None:
     """Raise ValueError unless the size of the image is one, and patches of this size, in its pixels, fill it."""
-    sides = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    sides, (p, q) = to_2tuple(img_size), to_2tuple(patch_size)
     if len(sides) != 2 or not all(map(is_count, sides)):
         raise ValueError(f'img_size must be an integer of at least 1 or a pair (height, width), got {img_size!r}')
-    (h, w), (p, q) = to_2tuple(img_size), to_2tuple(patch_size)
+    h, w = sides
     if not padded and (h % p or w % q):
         raise ValueError(
             f'img_size must be divisible by patch_size, got {(h, w)} and patches of {(p, q)} pixels; '
