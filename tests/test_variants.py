@@ -511,7 +511,7 @@ def test_a_layer_that_reads_in_another_way_is_not_fused() -> None:
         assert torch.equal(reparameterize_model(model)(x), model(x))
 
 
-@pytest.mark.parametrize('name', ['forward', 'feed_forward', 'slots', 'read', 'attractors'])
+@pytest.mark.parametrize('name', ['forward', 'look_up', 'feed_forward', 'slots', 'read', 'attractors'])
 def test_a_layer_with_one_method_of_its_own_is_not_fused(name: str) -> None:
     own = type('Own', (GlobalWorkspace,), {name: lambda self, *args: getattr(super(type(self), self), name)(*args)})
     layer = own(E)
@@ -526,7 +526,7 @@ def test_a_layer_that_writes_copies_in_another_way_is_not_scripted() -> None:
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.* is deprecated:FutureWarning')
-@pytest.mark.parametrize('name', ['write', 'keys_and_values', 'select', 'attend', 'update', 'fold_queries'])
+@pytest.mark.parametrize('name', ['look_up', 'write', 'keys_and_values', 'select', 'attend', 'update', 'fold_queries'])
 def test_a_layer_with_one_method_of_the_write_of_its_own_is_not_scripted(name: str) -> None:
     own = type('Own', (GlobalWorkspace,), {name: lambda self, *args: getattr(super(type(self), self), name)(*args)})
     with pytest.raises(ValueError, match='as GlobalWorkspace does, and Own in another way'):

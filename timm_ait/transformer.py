@@ -225,10 +225,10 @@ class AssociativeTransformer(VisionTransformer):
         """What torch.jit.script compiles: a copy of the model whose workspaces store nothing."""
         methods = 'write', 'keys_and_values', 'select', 'attend', 'update', 'fold_queries'
         for workspace in workspaces_in(self):
-            if workspace.has_copies() and workspace.overrides(*methods):
+            if workspace.overrides('look_up') or (workspace.has_copies() and workspace.overrides(*methods)):
                 name = type(workspace).__name__
                 raise ValueError(
-                    f'TorchScript writes copies as GlobalWorkspace does, and {name} in another way; use torch.export'
+                    f'TorchScript computes as GlobalWorkspace does, and {name} in another way; use torch.export'
                 )
         return reparameterize_model(self)
 

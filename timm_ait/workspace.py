@@ -69,8 +69,9 @@ class GlobalWorkspace(nn.Module):
     In distributed training all ranks write one memory. Where only some ranks share the layer, set ``process_group`` to
     their group, as for a SyncBatchNorm.
 
-    For another write or another retrieval override :meth:`address`, :meth:`select`, :meth:`write`, :meth:`update` or
-    :meth:`read`, and give a model the new class as its ``workspace_layer``.
+    For another write or another retrieval override :meth:`address`, :meth:`select`, :meth:`write`, :meth:`update`,
+    :meth:`slots` or :meth:`read`, and give a model the new class as its ``workspace_layer``. What :meth:`update` leaves
+    must be what :meth:`slots` reads: here rows of unit length.
 
     Args:
         in_features: E.
@@ -399,7 +400,7 @@ class GlobalWorkspace(nn.Module):
         """
         if self.write_mode == 'always':
             raise ValueError("only a workspace that reads alone can be fused, got write_mode='always'; take 'train'")
-        if self.has_copies() or self.overrides('forward', 'feed_forward', 'slots', 'read', 'attractors'):
+        if self.has_copies() or self.overrides('forward', 'look_up', 'feed_forward', 'slots', 'read', 'attractors'):
             return self
         return FusedWorkspace(self)
 
