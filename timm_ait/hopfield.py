@@ -65,7 +65,7 @@ class HopfieldRetrieval(nn.Module):
 
 
 def hopfield_energy(state: Tensor, attractors: Tensor, beta: float = 1.0) -> Tensor:
-    """Energy of the continuous Hopfield network, which no retrieval step raises (equation 7).
+    """Energy of the continuous Hopfield network, which no retrieval step raises (section 3.3).
 
     ``E(xi) = -lse(beta, a xi) + xi.xi / 2 + ln(M) / beta + max_i |a_i|^2 / 2``
 
