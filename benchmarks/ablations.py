@@ -65,7 +65,7 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_detached': Ablation('no gradient reaches the write, as in the published code', args=dict(write_grad=False)),
     'ait_no_bottleneck': Ablation('slots attend to all tokens', args=dict(bottleneck=ALL_TOKENS)),
     'ait_no_memory': Ablation('no memory', NoMemory, dict(write_mode='never')),
-    'ait_cross_attention': Ablation('cross-attention reads the memory', CrossAttentionRead),
+    'ait_cross_attention': Ablation('cross-attention reads the memory', CrossAttentionRead, dict(retrieval_scale=None)),
     'ait_no_balance': Ablation('no balance loss', args=dict(balance_weight=0.0)),
     'ait_reset': Ablation('the memory starts anew every epoch', ResetMemory),
     'ait_frozen': Ablation('orthogonal slots that nothing writes', OrthogonalMemory, dict(write_mode='never')),

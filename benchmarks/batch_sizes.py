@@ -77,6 +77,12 @@ def load(name: str) -> tuple[nn.Module, Settings]:
     return model, Settings(lr=0.0, mean=pixels['mean'], std=pixels['std'])
 
 
+def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the result with published weights."""
+    names = ('table', 'test', 'weights', *tables.OF_ONE_TABLE.get(args.table, ()))
+    return {name: getattr(args, name) for name in names}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, and run."""
     parser = tables.make_parser(__doc__)
@@ -85,9 +91,15 @@ def main(argv: list[str] | None = None) -> None:
     args: argparse.Namespace = parser.parse_args(argv)
     if args.table is None or len(args.seeds) != 1:
         parser.error('give a table and one seed')
-    given = [f'--{name}' for name in ('rows', 'minutes', 'show') if getattr(args, name) != parser.get_default(name)]
-    if given:
-        parser.error(f'{", ".join(given)}: this script trains ait alone, to the end; leave them out')
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if args.weights is None:
+        wrong, does = [name for name in given if name in ('rows', 'minutes', 'show')], 'trains ait alone, to the end'
+    else:
+        used = ('data', 'out', 'threads', *arguments_of(args))
+        wrong, does = [name for name in given if name not in used], f'evaluates {args.weights} as it is'
+    if wrong:
+        names = ', '.join(f'--{name.replace("_", "-")}' for name in wrong)
+        parser.error(f'{names}: this script {does}; leave them out')
     with told(parser, args.out):
         run(tables.complete(args, argv, 'batch_sizes.py'))
 
@@ -96,11 +108,7 @@ def run(args: argparse.Namespace) -> None:
     """Train or load the model, evaluate it both ways, print the table and write the result."""
     torch.set_num_threads(args.threads)
     (seed,), data = args.seeds, tables.TASKS[args.table].data
-    if args.weights is None:
-        arguments = {**tables.settings_of(args), 'seed': seed}
-    else:
-        names = ('table', 'test', 'weights', *tables.OF_ONE_TABLE.get(args.table, ()))
-        arguments = {name: getattr(args, name) for name in names}
+    arguments = {**tables.settings_of(args), 'seed': seed} if args.weights is None else arguments_of(args)
     check_new(args.out / RESULT, arguments)
     training: dict[str, Any] = {}
     checkpoint = None

@@ -128,9 +128,13 @@ def main(argv: list[str] | None = None) -> None:
     with told(parser, args.output.parent):
         check_device(args.device)
         check_new(args.output.with_suffix('.json'), arguments)
-        model = timm.create_model(
-            args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint, num_classes=args.num_classes
-        )
+        try:
+            model = timm.create_model(
+                args.model, not args.checkpoint, checkpoint_path=args.checkpoint, num_classes=args.num_classes
+            )
+        except (RuntimeError, FileNotFoundError) as error:
+            reason = ' '.join(str(error).split('\n')[:2]) or 'there is no such file'
+            raise ValueError(f'{args.model} cannot load {args.checkpoint or "its weights"}: {reason}') from error
         chosen = sample_folder(args.folder, model, args.images)
         loader = DataLoader(chosen, args.batch_size)
         shares = head_shares(model.to(args.device), (images.to(args.device) for images, _ in loader))

@@ -399,6 +399,11 @@ def checksum(data: Data) -> str | None:
     return f'{total:08x}'
 
 
+def checksums(data: dict[str, Data]) -> dict[str, str | None]:
+    """What must be alike in results that stand in one table; older ones have that of the training images alone."""
+    return {'data': checksum(data['train']), 'test_data': checksum(data['test'])}
+
+
 def _count(data: Data) -> int:
     return len(data[-1]) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
 

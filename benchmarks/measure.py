@@ -134,11 +134,14 @@ def _time(side: Side, number: int) -> float:
     return (timer() - start) / number
 
 
-def compare_bytes(name: str, sides: Sides, goal: float | None = None) -> Row:
+def compare_bytes(name: str, sides: Sides, compiled: bool = False, goal: float | None = None) -> Row:
     """Measure the peak memory of both sides. Only one exists at a time, so that no bytes of the other are counted."""
     costs = []
     for build in sides:
         side = build()
+        if compiled:
+            torch.compiler.reset()
+            side.model.compile()
         costs.append([peak_bytes(side) / side.items])
         del side
         release()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loop import Settings, checksum, evaluate, fit, load
+from loop import Settings, checksums, evaluate, fit, load
 from record import check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
 from variants import ADDITIVE, IMAGE, NoMemory, WholeCopy, WideGain
@@ -79,9 +79,9 @@ def run(args: argparse.Namespace, data: dict[str, Any], variant: str, seed: int,
     images = test[0][:500] / 127.5 - 1
     report = [] if VARIANTS[variant][0] is NoMemory else [vars(block) for block in memory_report(model, images)]
     arguments = {key: value for key, value in vars(args).items() if key not in ('data', 'out', 'show')}
-    results = {'variant': variant, 'seed': seed, 'top1': top1, 'memory': report}
-    results['parameters'] = count_parameters(model)
-    write_record(args.out / f'{title(args, variant, seed)}.json', arguments, {**results, **fitted.record()})
+    results: dict[str, Any] = {'variant': variant, 'seed': seed, 'top1': top1, 'memory': report}
+    results |= {'parameters': count_parameters(model), **checksums(data), **fitted.record()}
+    write_record(args.out / f'{title(args, variant, seed)}.json', arguments, results)
     checkpoint.unlink(missing_ok=True)
     return top1
 
@@ -117,7 +117,7 @@ def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
     if not records:
         raise ValueError(f'expected results in {folder}, got none; run something with --out {folder} first')
     check_same(records, SETTINGS, within='arguments')
-    check_same(records, ['data'])
+    check_same(records, ['data', 'test_data'])
     found: dict[str, dict[str, dict[int, Any]]] = {}
     for record in records.values():
         arguments = record['arguments']
@@ -224,7 +224,8 @@ def run_all(args: argparse.Namespace) -> None:
         'train': load(args.data / 'train', 0, args.images),
         'test': load(args.data / 'test', 0, args.test_images),
     }
-    check_same({this: {'data': checksum(data['train'])}, **there}, ['data'])
+    images = checksums(data)
+    check_same({this: images, **there}, images)
     run_each(todo, lambda variant, seed: run(args, data, variant, seed, deadline))
 
 

@@ -129,11 +129,11 @@ class HopfieldRead(nn.Module):
 
     def __init__(self, embed_dim: int, slot_dim: int, beta: float) -> None:
         super().__init__()
-        self.lift, self.beta = nn.Linear(slot_dim, embed_dim), beta
+        self.linear_transform, self.beta = nn.Linear(slot_dim, embed_dim), beta
 
     def forward(self, h: Tensor, slots: Tensor) -> Tensor:
         """Tokens (B, N, E), slots (B, M, D) -> (B, N, E)."""
-        attractors = self.lift(slots)  # (B, M, D) -> (B, M, E)
+        attractors = self.linear_transform(slots)  # (B, M, D) -> (B, M, E)
         return F.scaled_dot_product_attention(h, attractors, attractors, scale=self.beta)
 
 

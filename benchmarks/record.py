@@ -1,6 +1,7 @@
 """Write a result together with what is needed to measure it again: machine, versions, commit and arguments."""
 
 import argparse
+import glob
 import json
 import os
 import platform
@@ -62,7 +63,7 @@ def check_new(path: Path, arguments: dict[str, Any]) -> None:
     Raises:
         ValueError: If there is such a file.
     """
-    for record in read_records(path.parent, ['arguments'], path.name).values():
+    for record in read_records(path.parent, ['arguments'], glob.escape(path.name)).values():
         kind = 'these arguments; remove it' if record['arguments'] == _plain(arguments) else 'other arguments; keep it'
         raise ValueError(f'{path} holds what was measured with {kind}, or give another --out')
 

@@ -166,7 +166,7 @@ def model_cases(args: Args) -> Iterator[Case]:
             if 'training' in args.rows:
                 yield f'training, {name}', partial(timed, sides=sides, goal=goal)
             if 'memory' in args.rows:
-                yield f'peak memory, {name}', partial(compare_bytes, sides=sides, goal=1.10)
+                yield f'peak memory, {name}', partial(compare_bytes, sides=sides, compiled=args.compile, goal=1.10)
         if 'unfused' in args.rows:
             sides = tuple(partial(training, partial(build, layout, size), batch, args) for build in (unfuse, create))
             yield f'speed in training, attention not fused / fused, {label}', partial(timed, sides=sides, at_least=True)

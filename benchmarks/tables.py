@@ -24,7 +24,7 @@ from typing import Any
 import ablations
 import baselines
 import torch
-from loop import Data, Run, Settings, checksum, evaluate, fit, load
+from loop import Data, Run, Settings, checksums, evaluate, fit, load
 from record import check_device, check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
 from timm.optim import list_optimizers
@@ -198,9 +198,9 @@ def run(row: str, seed: int, args: argparse.Namespace, data: dict[str, Data], de
     """Train and test one model, and write its result before the checkpoint goes; the test accuracy in percent."""
     model, settings, fitted, checkpoint = train(row, seed, args, data['train'], deadline)
     top1 = evaluate(model, data['test'], settings, workers=args.workers)
-    parameters = count_parameters(model)
-    results = {'row': row, 'seed': seed, 'top1': top1, 'parameters': parameters, 'command': args.command}
-    write_record(args.out / f'{title(args, row, seed)}.json', settings_of(args), {**results, **fitted.record()})
+    results: dict[str, Any] = {'row': row, 'seed': seed, 'top1': top1, 'command': args.command}
+    results |= {'parameters': count_parameters(model), **checksums(data), **fitted.record()}
+    write_record(args.out / f'{title(args, row, seed)}.json', settings_of(args), results)
     checkpoint.unlink(missing_ok=True)
     return top1
 
@@ -222,7 +222,7 @@ def gather(folder: Path) -> dict[str, dict[str, dict[int, Any]]]:
         tables.setdefault(f'{arguments["table"]}: {settings}', {})[path] = record
     found: dict[str, dict[str, dict[int, Any]]] = {}
     for heading, records in tables.items():
-        check_same(records, ['data'])
+        check_same(records, ['data', 'test_data'])
         rows = found[heading] = {}
         for record in sorted(records.values(), key=lambda record: ROWS.index(record['row'])):
             rows.setdefault(record['row'], {})[record['seed']] = record
@@ -389,7 +389,8 @@ def run_all(args: argparse.Namespace) -> None:
         return
     make = partial(TASKS[args.table].data, args)
     data = {'train': make('train', args.train), 'test': make('test', args.test)}
-    check_same({Path('this run'): {'data': checksum(data['train'])}, **there}, ['data'])
+    images = checksums(data)
+    check_same({Path('this run'): images, **there}, images)
     run_each(todo, lambda row, seed: run(row, seed, args, data, deadline))
 
 

@@ -9,11 +9,11 @@ Call again after a stop: each training goes on from its checkpoint, until the re
 """
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def compare(first: Images, second: Images, test: Images, args: argparse.Namespac
     )
     torch.manual_seed(0)
     vit = timm.create_model(STARTS['vit'][0], **SHAPE)
-    fit(vit, first, pretrain, args.out / 'upcycle' / 'vit.pt', name='ViT')
+    fit(vit, first, pretrain, checkpoint_of(args, 'vit', 0), name='ViT')
     results: dict[str, Any] = {'vit': evaluate(vit, test, pretrain), 'finetuned': {name: [] for name in STARTS}}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, 'vit.safetensors')
@@ -58,10 +58,15 @@ def compare(first: Images, second: Images, test: Images, args: argparse.Namespac
                 model = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, **SHAPE, **memory)
                 if seed == 1:
                     results[f'{name} at the start'] = evaluate(model, test, finetune)
-                checkpoint = args.out / 'upcycle' / f'{name}-{seed}.pt'
-                fit(model, second, replace(finetune, seed=seed), checkpoint, name=f'{name}, seed {seed}')
+                own = replace(finetune, seed=seed)
+                fit(model, second, own, checkpoint_of(args, name, seed), name=f'{name}, seed {seed}')
                 results['finetuned'][name].append(evaluate(model, test, finetune))
     return results
+
+
+def checkpoint_of(args: argparse.Namespace, name: str, seed: int) -> Path:
+    """Where a training is kept until the result is written. The ViT that all start from has seed 0."""
+    return Path(args.out, 'checkpoints', f'upcycle-{name}-{seed}.pt')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,7 +100,8 @@ def run_all(args: argparse.Namespace) -> None:
     for name, values in results['finetuned'].items():
         print(f'{name}: {statistics.mean(values):.2f} % ({", ".join(f"{x:.2f}" for x in values)})')
     write_record(result, arguments, {**results, 'seconds': round(time.monotonic() - start)})
-    shutil.rmtree(args.out / 'upcycle')
+    for name, seed in (('vit', 0), *product(STARTS, range(1, args.seeds + 1))):
+        checkpoint_of(args, name, seed).unlink()
 
 
 if __name__ == '__main__':

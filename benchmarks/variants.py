@@ -28,10 +28,12 @@ class NoMemory(GlobalWorkspace):
         self.linear_transform.requires_grad_(False)
         if self.scale is not None:
             self.scale.requires_grad_(False)
+        if self.retrieval_scale is not None:
+            self.norm.requires_grad_(False)
 
     def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
-        """Return ``h``."""
-        return h
+        """Return what a retrieval would be added to."""
+        return h if self.retrieval_scale is None else f
 
 
 class WideGain(GlobalWorkspace):

@@ -45,8 +45,8 @@ def sha256(content: bytes) -> str:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, channels: int = 3, size: int = 32) -> list[Any]:
-    return model.eval()(images(channels, size)).tolist()
+def logits(model: nn.Module) -> list[Any]:
+    return model.eval()(images()).tolist()
 
 
 def assert_same_logits(loaded: dict[str, Any], model: nn.Module) -> None:

@@ -133,6 +133,11 @@ def test_without_memory_a_norm_on_the_mlp_remains() -> None:
     layer, x = tiny('ait_no_memory').blocks[0].mlp, torch.randn(B, N, E)
     by_hand = F.layer_norm(layer.fc2(F.gelu(layer.fc1(x))), (E,), layer.norm.weight, layer.norm.bias)
     torch.testing.assert_close(layer(x), by_hand)
+    beside = GlobalWorkspace(E, retrieval_scale=0.0)
+    control = NoMemory(E, retrieval_scale=0.0, write_mode='never')
+    control.load_state_dict(beside.state_dict())
+    torch.testing.assert_close(control(x), beside(x))  # a retrieval with the scale 0 adds nothing
+    assert not any(p.requires_grad for p in control.norm.parameters()), 'nothing reads it'
 
 
 def test_cross_attention_reads_the_slots_through_projections() -> None:

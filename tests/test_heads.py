@@ -69,6 +69,8 @@ def test_an_unknown_model_or_what_is_missing_is_named(
     for arguments, message in (
         (['--model', 'no_such'], 'timm has no model no_such'),
         (['--model', 'test_ait'], 'No such file'),
+        (['--model', 'test_ait', '--checkpoint', 'gone'], 'test_ait cannot load gone: there is no such file'),
+        (['--model', 'test_ait', '--checkpoint', __file__], f'test_ait cannot load {__file__}: '),
         (['--model', 'test_ait', '--device', 'cuda'], 'PyTorch finds no GPU here, got --device cuda; take cpu'),
     ):
         with pytest.raises(SystemExit):

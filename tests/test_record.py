@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from record import check_device, environment, read_records, told, write_record
+from record import check_device, check_new, environment, read_records, told, write_record
 
 from timm_ait.pretrained import WeightsError
 
@@ -29,6 +29,15 @@ def test_a_record_holds_environment_arguments_and_results(tmp_path: Path) -> Non
     assert record['arguments'] == {'out': str(tmp_path), 'seeds': 3}
     assert record['accuracy'] == [70.5, 71.25]
     assert environment().items() <= record.items()
+
+
+@pytest.mark.parametrize('name', ['heads.json', 'heads[test].json'])
+def test_a_result_is_not_written_over_whatever_its_name(name: str, tmp_path: Path) -> None:
+    check_new(tmp_path / name, {'images': 20})
+    write_record(tmp_path / name, {'images': 20}, {})
+    for images, kind in ((20, 'these'), (40, 'other')):
+        with pytest.raises(ValueError, match=f'holds what was measured with {kind} arguments'):
+            check_new(tmp_path / name, {'images': images})
 
 
 @pytest.mark.parametrize('text', ['7', '[]', '"row"'])

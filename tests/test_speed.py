@@ -262,6 +262,15 @@ def test_peak_bytes_are_the_bytes_that_a_step_holds_at_the_same_time() -> None:
     assert peak_bytes(Side(linear, step, 1)) == 4 * (2 * out + 2 * loss + weight)
 
 
+@pytest.mark.parametrize('compiled', [False, True])
+def test_peak_memory_is_that_of_compiled_sides_where_they_are_asked_for(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(nn.Module, 'compile', Mock())
+    speed.main(['--quick', '--rows', 'memory', *['--compile'] * compiled, '--out', str(tmp_path)])
+    assert nn.Module.compile.called == compiled
+
+
 def training_step(build: Callable[[], nn.Module], checkpointing: bool = False) -> Side:
     model, images = build(), torch.randn(32, 3, 32, 32)
     model.set_grad_checkpointing(checkpointing)

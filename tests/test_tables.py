@@ -170,6 +170,12 @@ def test_results_of_other_images_never_mix(folder: Path, tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         tables.main([command[0], str(other), *command[2:], 'vit_small'])
     assert 'use the same settings and images' in capsys.readouterr().err
+    shutil.rmtree(other / 'train')
+    (other / 'train').symlink_to(folder / 'train')
+    Image.new('RGB', (32, 32)).save(next((other / 'test').glob('*/*.jpg')))
+    with pytest.raises(SystemExit):
+        tables.main([command[0], str(other), *command[2:], 'vit_small'])
+    assert 'is of a run with test_data=' in capsys.readouterr().err
 
 
 def test_the_recorded_command_names_no_folder_of_one_machine() -> None:
@@ -285,6 +291,10 @@ def test_only_our_logits_are_the_same_at_every_batch_size(
         (['sort_of_clevr', '--questions', 'all', '--turn'], 'other answers change as the scene turns'),
         (['cifar10', '--weights', 'no_such_model'], 'expected the name of a model'),
         (['cifar10', '--rows', 'vit_small', '--minutes', '1'], '--rows, --minutes: this script trains ait alone'),
+        (
+            ['cifar10', '--weights', 'test_ait', '--bfloat16', '--model-kwargs', 'beta=2'],
+            '--model-kwargs, --bfloat16: this script evaluates test_ait as it is; leave them out',
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -310,15 +320,15 @@ def test_the_accuracy_of_packaged_weights_is_the_same_at_every_batch_size(folder
 @pytest.mark.parametrize(
     ('words', 'more'),
     [
-        (['--weights', 'test_ait', '--grid', '8'], ['--pairs', '3', '--joined']),
-        (['--grid', '4', '--pairs', '1'], ['--seeds', '2']),
+        (['--weights', 'test_ait', '--grid', '8', '--test', '10'], ['--pairs', '3', '--joined']),
+        ([*TOY, '--grid', '4', '--pairs', '1'], ['--seeds', '2']),
     ],
     ids=['images', 'seed'],
 )
 def test_a_result_of_other_images_or_another_seed_is_of_other_arguments(
     words: list[str], more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ['recall', *TOY, *words, '--out', str(tmp_path)]
+    command = ['recall', *words, '--out', str(tmp_path)]
     batch_sizes.main(command)
     for added, kind in (([], 'these arguments'), (more, 'other arguments')):
         with pytest.raises(SystemExit):
