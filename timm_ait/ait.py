@@ -246,6 +246,6 @@ def ait_tiny_conv4_32(pretrained: bool = False, **kwargs: Any) -> AssociativeTra
 
 
 @register_model
-def test_ait(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:
+def test_ait(pretrained: bool = False, **kwargs: Any) -> AssociativeTransformer:  # noqa: PT028
     """The paper's CIFAR model in small, for tests: depth 4, width 128, 0.7 M parameters."""
     return create_ait('test_ait', pretrained, **paper_args(4, dict(TEST_ARGS, **kwargs)))

@@ -203,7 +203,7 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
         if checkpoint is not None:
             return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
         if timm.is_model(name) and not timm.models.get_pretrained_cfg(name).has_weights:
-            raise ValueError(f'{name} has no weights of its own; give --checkpoint FILE')
+            raise ValueError(f'{name} has no weights of its own; name the file of a training or give --checkpoint FILE')
         return timm.create_model(name, pretrained=True)
     if not path.exists():
         raise ValueError(f'expected the name of a model, a checkpoint or the folder of train.py, got {name}')
