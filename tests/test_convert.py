@@ -119,6 +119,7 @@ def test_the_names_of_a_file_are_converted_once(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize('channels', [1, 4])
 def test_a_file_of_the_authors_is_loaded_for_other_channels(channels: int, tmp_path: Path) -> None:
     model = make_model()
+    torch.nn.init.uniform_(model.patch_embed.patch_norm.weight)
     save_file(as_authors(model), tmp_path / 'authors.safetensors')
     overlay = dict(file=str(tmp_path / 'authors.safetensors'))
     loaded = make_model(seed=3, in_chans=channels, pretrained=True, pretrained_cfg_overlay=overlay)

@@ -207,11 +207,12 @@ def test_a_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
         load_memory(make_model(), tmp_path / 'nothing.safetensors')
 
 
-def test_a_memory_that_is_not_finite_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize('wrong', ['nan', 'inf'])
+def test_a_memory_that_is_not_finite_is_refused_and_nothing_changes(wrong: str, tmp_path: Path) -> None:
     model, path = make_model(), tmp_path / 'memory.safetensors'
     save_memory(model, path)
     saved = load_file(path)
-    save_file({name: torch.full_like(value, float('nan')) for name, value in saved.items()}, path)
+    save_file({name: torch.full_like(value, float(wrong)) for name, value in saved.items()}, path)
     with pytest.raises(ValueError, match=r'blocks\.0\.mlp\.memory has NaN or infinite values in .*memory\.safetensors'):
         load_memory(model, path)
     assert all(value.isfinite().all() for value in model.state_dict().values())

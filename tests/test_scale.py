@@ -16,9 +16,11 @@ B, C = 6, 5
 torch.manual_seed(0)
 Y, WEIGHTS = torch.randint(0, C, (B,)), torch.linspace(0.5, 2, B)
 ONE_HOT = F.one_hot(Y, C).float()
+SOFT = torch.rand(B, C).softmax(-1)
 SCALE, COUNT = torch.tensor(1024.0), torch.tensor(4 * B)
 LAM, HALF = torch.tensor(0.3), torch.tensor(0.5)
 ce = partial(F.cross_entropy, target=Y)
+bce = partial(F.binary_cross_entropy_with_logits, target=ONE_HOT, reduction='sum')
 
 
 def z(x: Tensor) -> Tensor:
@@ -117,14 +119,21 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     'a sum divided by the samples': lambda x: ce(x, reduction='sum') / B,
     'a sum times one over the samples': lambda x: ce(x, reduction='sum') * (1 / B),
     'a sum divided by its elements': lambda x: x.square().sum() / (B * C),
-    'a sum divided by the number of positives': lambda x: (
-        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / 7
-    ),
+    'a sum divided by the number of positives': lambda x: bce(x) / 7,
     'a weighted mean': lambda x: (WEIGHTS * ce(x, reduction='none')).sum() / WEIGHTS.sum(),
+    'a weighted mean by a product': lambda x: ce(x, reduction='none') @ WEIGHTS / WEIGHTS.sum(),
+    'a weighted mean by a dot product': lambda x: torch.dot(ce(x, reduction='none'), WEIGHTS) / WEIGHTS.sum(),
+    'a mean without what is missing': lambda x: ce(x, reduction='none').nansum() / B,
+    'soft labels by einsum': lambda x: -torch.einsum('bc,bc->', SOFT, x.log_softmax(-1)) / B,
+    'soft labels, summed, by the samples': lambda x: F.cross_entropy(x, SOFT, reduction='sum') / B,
+    'a number before each of two terms': lambda x: 0.5 * ce(x) + 0.3 * z(x),
     'a masked mean': lambda x: (ce(x, reduction='none') * (WEIGHTS > 1)).sum() / (WEIGHTS > 1).sum(),
     'the two sides of CLIP': lambda x: (ce(x) + ce(x.flip(0))) / 2,
+    'the two sides of CLIP, divided by a tensor': lambda x: (ce(x) + ce(x.flip(0))) / torch.tensor(2),
     'the two sides of CLIP, each halved': lambda x: ce(x) / 2 + ce(x.flip(0)) / 2,
     'a sum divided by twice the samples': lambda x: x.square().sum() / (2 * B),  # of active pairs, for example
+    'a sum divided by twice its elements': lambda x: x.square().sum() / (2 * B * C),
+    'the same, by a tensor': lambda x: x.square().sum() / torch.tensor(2 * B * C),
     'SigLIP': lambda x: -F.logsigmoid(x * (2 * ONE_HOT - 1)).sum() / B,
     'samples in a loop': lambda x: sum(F.cross_entropy(x[i], Y[i]) for i in range(B)) / B,
     'mixup of two losses': lambda x: 0.3 * ce(x) + 0.7 * ce(x.flip(0)),
@@ -144,9 +153,7 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     'divided by whether there are labels': lambda x: ce(x) / (Y >= 0).any(),
     'two sums, divided by the samples': lambda x: (ce(x, reduction='sum') + x.square().sum()) / B,
     'the two sums of a VAE': lambda x: (ce(x, reduction='sum') + 0.1 * x.square().sum()) / B,
-    'a sum over classes divided by more than its elements': lambda x: (
-        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / (B * C + 1)
-    ),
+    'a sum over classes divided by more than its elements': lambda x: bce(x) / (B * C + 1),
     'a sum divided by a weight': lambda x: ce(x, reduction='sum') / (WEIGHTS.sum() + 0.1),
     'a sum and a mean, divided by the samples': lambda x: (ce(x, reduction='sum') + 0.1 * z(x)) / B,
     'two heads': lambda x: ce(x) + 0.4 * ce(x.flip(0)),
@@ -161,18 +168,10 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
     'a number in a tensor, divided by it': lambda x: torch.tensor(4.0) / ce(x),
     'one of two terms divided': lambda x: ce(x) + z(x) / 4,
     'a sum divided by a count of fewer samples': lambda x: ce(x, reduction='sum') / torch.tensor(4),
-    'a sum over classes divided by its elements': lambda x: (
-        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / (B * C)
-    ),
-    'a sum over classes divided by a count of its elements': lambda x: (
-        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / torch.tensor(B * C)
-    ),
-    'a sum over classes divided by a count of positives': lambda x: (
-        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / torch.tensor(7)
-    ),
-    'a sum over classes divided by a weight': lambda x: (
-        F.binary_cross_entropy_with_logits(x, ONE_HOT, reduction='sum') / torch.tensor(2.0 * B)
-    ),
+    'a sum over classes divided by its elements': lambda x: bce(x) / (B * C),
+    'a sum over classes divided by a count of its elements': lambda x: bce(x) / torch.tensor(B * C),
+    'a sum over classes divided by a count of positives': lambda x: bce(x) / torch.tensor(7),
+    'a sum over classes divided by a weight': lambda x: bce(x) / torch.tensor(2.0 * B),
     'the mean of a sum, divided by the samples': lambda x: ce(x, reduction='sum').mean() / B,
     'a custom function': Custom.apply,
     'added to a tensor in place': accumulated,
@@ -195,6 +194,23 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
 SCALED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     'accumulation': (lambda x: ce(x) / 4, 1 / 4),
     'accumulation in place': (in_place, 1 / 4),
+    'accumulation twice': (lambda x: ce(x) / 4 / 2, 1 / 8),
+    'a scaler twice': (lambda x: ce(x) * 2 * 4, 8),
+    'two factors in tensors': (lambda x: ce(x) * torch.tensor(0.25) * torch.tensor(2.0), 1 / 2),
+    'accumulation of the two sides of CLIP, each': (lambda x: (ce(x) / 4 + ce(x.flip(0)) / 4) / 2, 1 / 4),
+    'accumulation of the two sides of CLIP, by a tensor': (
+        lambda x: (ce(x) + ce(x.flip(0))) / torch.tensor(2) / torch.tensor(4),
+        1 / 4,
+    ),
+    'accumulation of a sum over classes, by all samples': (lambda x: bce(x) / (4 * B), 1 / 4),
+    'the same, by a count of samples': (lambda x: bce(x) / torch.tensor(4 * B), 1 / 4),
+    'accumulation of a sum over classes, by all targets': (lambda x: bce(x) / (3 * B * C), 1 / 3),
+    'the same, by a count': (lambda x: bce(x) / torch.tensor(3 * B * C), 1 / 3),
+    'the same, by a count in floating point': (lambda x: bce(x) / torch.tensor(3.0 * B * C), 1 / 3),
+    'accumulation of two sums over other numbers of samples': (
+        lambda x: (ce(x, reduction='sum') + F.cross_entropy(x[:2], Y[:2], reduction='sum')) / 14,
+        B / 14,
+    ),
     'divided by a function': (lambda x: torch.divide(ce(x), 4), 1 / 4),
     'multiplied by a function': (lambda x: torch.multiply(ce(x), 4), 4),
     'a sum, times a number': (lambda x: ce(x, reduction='sum') * 10, 10),
@@ -213,7 +229,7 @@ SCALED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     'accumulation of uneven batches': (lambda x: ce(x, reduction='sum') / 14, B / 14),
     'accumulation of uneven batches, by a count': (lambda x: ce(x, reduction='sum') / torch.tensor(14.0), B / 14),
     'accumulation to as many samples as logits': (lambda x: ce(x, reduction='sum') / (B * C), 1 / C),
-    'the same, by a count': (lambda x: ce(x, reduction='sum') / torch.tensor(B * C), 1 / C),
+    'accumulation to as many samples, by a count': (lambda x: ce(x, reduction='sum') / torch.tensor(B * C), 1 / C),
     'a scaler': (lambda x: ce(x) * SCALE, 1024),
     'a scaler on each term': (lambda x: ce(x) * SCALE + z(x) * SCALE, 1024),
     'a scaler on distillation': (lambda x: (0.3 * ce(x) + 0.7 * z(x)) * SCALE, 1024),
@@ -298,6 +314,21 @@ def test_two_losses_with_a_backward_pass_each_count_once_in_all() -> None:
     ce(x).backward(retain_graph=True)
     z(x).backward()
     assert model.factor() == pytest.approx(1)
+
+
+def test_a_pass_that_has_counted_one_of_two_forwards_leaves_the_other_to_the_next() -> None:
+    first, second = Model(), Model()
+    x = first()
+    ce(x).backward(retain_graph=True)
+    (z(x) + ce(second())).backward()
+    assert (first.factor(), second.factor()) == (1, 1)
+
+
+def test_the_items_of_a_segmentation_are_its_pixels() -> None:
+    model, labels = Model(), torch.zeros(1, 2, B, dtype=torch.long)
+    pixels = model().t()[None, :, None].expand(1, C, 2, B)  # one image of 2 x B pixels
+    (F.cross_entropy(pixels, labels, reduction='sum') / (3 * labels.numel())).backward()
+    assert model.factor() == pytest.approx(1 / 3)
 
 
 def test_two_losses_in_one_backward_pass_count_once() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from timm_ait import selection
-from timm_ait.selection import gather, sample, scatter, top_logits
+from timm_ait.selection import gather, sample, scatter, top_logits, top_logits_per_image
 
 Q, E, K = 3, 5, 2
 DENSE, SPARSE = 7, 13  # tokens T: below and above six times K
@@ -48,6 +48,15 @@ def test_they_are_the_derivatives_of_one_form(num_tokens: int) -> None:
     torch.testing.assert_close(sample(y, x, selected), by_weights)
     torch.testing.assert_close(gather(weights, selected, x), by_y)
     torch.testing.assert_close(scatter(weights, selected, y, num_tokens), by_x)
+
+
+def test_each_image_has_its_own_top_logits_and_one_token_fewer_than_all_may_be_read() -> None:
+    queries, x = draw(Q, E).detach(), draw(2, DENSE, E).detach()
+    for k in (K, DENSE - 1, DENSE):
+        logits, selected = top_logits_per_image(queries, x, k)
+        products = queries @ x.transpose(1, 2)
+        torch.testing.assert_close(logits, products.gather(2, selected))
+        assert torch.equal(logits.sort(descending=True).values, products.topk(k).values)
 
 
 def test_the_top_logits_are_the_highest_products(num_tokens: int) -> None:

@@ -743,6 +743,17 @@ def test_without_the_mechanism_the_balance_loss_outlives_the_output() -> None:
     assert model.blocks[0].mlp.query.weight.grad.abs().max() > 0
 
 
+def test_the_balance_loss_alone_and_then_the_loss_count_twice_in_all_blocks() -> None:
+    model, by_hand = make_model(), make_model()
+    loss = F.cross_entropy(model(IMAGES), TARGET)
+    model.balance_loss().backward(retain_graph=True)
+    loss.backward()
+    by_hand.auto_balance = False
+    loss = F.cross_entropy(by_hand(IMAGES), TARGET)
+    (loss + 2 * by_hand.balance_loss()).backward()
+    assert distance(gradients(model), gradients(by_hand)) < 1e-5
+
+
 def test_a_frozen_model_writes_nothing_in_training_mode_and_a_part_of_it_does() -> None:
     model = make_model()
     before = memories(model)

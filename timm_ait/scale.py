@@ -9,8 +9,8 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
   ``0.3 * a + 0.7 * b`` have 1, with numbers and with tensors;
 - the first division of a sum over elements takes their mean: ``x.sum() / n`` has 1 for any n above 1, so has
   ``cross_entropy(..., reduction='sum') / B`` for B samples, but B/N for a whole number N above B, as that of all
-  samples of an accumulated batch (a multiple of B, where each sample has several targets); other terms may stand beside
-  the sum, and sums of several forwards share the samples evenly;
+  samples of an accumulated batch (where each sample has several targets, for a multiple of B or of all these targets);
+  other terms may stand beside the sum, and sums of several forwards share the samples evenly;
 - terms of several forwards whose weights add up to 1 are averaged: n forwards have 1/n each;
 - n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
 - a loss that meets larger outputs again, as in ``x - x.mean()``, was a statistic of them, and no loss;
@@ -42,6 +42,8 @@ MOVES = frozenset(
     'expand expand_as get t transpose permute movedim flip roll getitem select narrow index_select split chunk unbind '
     'neg stack cat setitem copy index_put index_copy scatter masked_scatter'.split()
 )
+# What a loss is written with that is a sum over elements.
+SUMS = frozenset('sum nansum dot vdot inner matmul rmatmul einsum tensordot trace'.split())
 
 
 class Part:
@@ -150,24 +152,36 @@ def _scaled_by_number(term: Term, by: Any, is_division: bool) -> Term:
     is_weight = divisor <= 1 or (not is_division and divisor < items)
     if term.summed and not is_weight and (not term.is_sum_of_losses or math.isclose(divisor, elements)):
         times = divisor / items if items else 0
-        is_whole = math.isclose(divisor, round(divisor))
-        if elements != items:  # a number of something else, such as boxes, seldom is a multiple
-            is_whole = is_whole and math.isclose(times, round(times)) and not math.isclose(divisor, elements)
-        return replace(term, scale=term.scale / (times if times >= 1 and is_whole else 1), summed=None)
+        if elements == items:
+            is_share = times >= 1 and _is_whole(divisor)
+        else:  # a number of something else, such as boxes, seldom is a multiple
+            times = divisor / elements if items and _is_whole(divisor / elements) else times
+            is_share = _is_whole(times)
+        return replace(term, scale=term.scale / (times if is_share else 1), summed=None)
     return replace(term, scale=term.scale / by) if is_division else replace(term, weight=term.weight * by)
+
+
+def _is_whole(number: float) -> bool:
+    return number >= 1 and math.isclose(number, round(number))
 
 
 def _scaled_by_tensor(term: Term, by: Tensor, is_division: bool) -> Term:
     by = by.detach().reshape(())
     by = by.float() if by.dtype == torch.bool else by.abs()
-    if is_division and term.summed and not term.is_sum_of_losses:
+    factor = 1 / by if is_division else by.float()
+    if is_division and term.summed:
         elements, items = term.summed
-        is_whole = (by == by.round()) & (by >= items) & (items > 0)
-        if elements != items:
-            is_whole = is_whole & (by % max(items, 1) == 0) & (by != elements) & (not by.is_floating_point())
-        factor, term = torch.where(is_whole, items / by, 1.0), replace(term, summed=None)
-    else:
-        factor = 1 / by if is_division else by.float()
+        if term.is_sum_of_losses:
+            factor = torch.where(by == elements, 1.0, factor)
+        elif elements == items:
+            factor = torch.where((by == by.round()) & (by >= items), items * factor, 1.0)
+        elif items:
+            is_of_items = (by % items == 0) & (by > 0) & (not by.is_floating_point())
+            is_of_elements = (by % elements == 0) & (by > 0)
+            factor = torch.where(is_of_elements, elements * factor, torch.where(is_of_items, items * factor, 1.0))
+        else:
+            factor = torch.ones_like(factor)
+        term = replace(term, summed=None)
     return replace(term, factor=factor if term.factor is None else factor * term.factor.to(factor.device))
 
 
@@ -218,7 +232,7 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
     if result.numel() > 1 or (tracked[0].numel() == 1 and (op in MOVES or op in ('mul', 'div', 'add'))):
         return Track(forwards, kind)
     summed = None
-    if op == 'sum':
+    if op in SUMS:
         summed = (tracked[0].numel(), 0)
     elif kwargs.get('reduction') == 'sum':
         labels = [x for x in args[1:2] if isinstance(x, Tensor) and not x.is_floating_point()]
