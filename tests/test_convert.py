@@ -10,6 +10,7 @@ import timm
 import torch
 from authors_names import as_authors
 from safetensors.torch import save_file
+from timm.layers import convert_splitbn_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import reparameterize_model
 from torch import Tensor
@@ -402,6 +403,12 @@ def test_a_vit_key_that_the_model_does_not_have_is_named(key: str) -> None:
     state_dict = {**make_vit().state_dict(), key: torch.zeros(E)}
     with pytest.raises(ValueError, match=f'unknown keys {key}, missing keys none; create the model with the arguments'):
         checkpoint_filter_fn(state_dict, make_model('ait_small'))
+
+
+def test_a_checkpoint_with_split_norms_is_told_how_to_lose_them() -> None:
+    split = convert_splitbn_model(timm.create_model('ait_tiny_conv4_32'))
+    with pytest.raises(ValueError, match=r"aux_bn.* with --split-bn: run timm's clean_checkpoint\.py --clean-aux-bn"):
+        checkpoint_filter_fn(split.state_dict(), timm.create_model('ait_tiny_conv4_32'))
 
 
 def test_depth_is_no_remedy_where_it_is_not_the_cause() -> None:

@@ -282,6 +282,8 @@ def _remedy(unknown: list[str], missing: list[str]) -> str:
         )
     if all(key.endswith('.mlp.memory') for key in keys):
         return 'the memory is a buffer: save the state_dict() of the model, and not its parameters alone'
+    if all('.aux_bn.' in key for key in keys):
+        return "it was trained with --split-bn: run timm's clean_checkpoint.py --clean-aux-bn on it"
     if prefixes := [key.removesuffix(first) for key in unknown if key.endswith(f'.{first}')]:
         return f'take {" or ".join(map(repr, prefixes))} off the names of its parameters, and leave out all others'
     if any('.mlp.lift.' in key for key in unknown):
