@@ -42,7 +42,7 @@ MOVES = frozenset(
     'expand expand_as get t transpose permute movedim flip roll getitem select narrow index_select split chunk unbind '
     'neg stack cat setitem copy index_put index_copy scatter masked_scatter'.split()
 )
-# What a loss is written with that is a sum over elements.
+# These sum over elements.
 SUMS = frozenset('sum nansum dot vdot inner matmul rmatmul einsum tensordot trace'.split())
 
 
