@@ -217,16 +217,15 @@ def run_all(args: argparse.Namespace) -> None:
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     this, there = Path('this run'), read_records(args.out, RESULT, '*-w*-d*.json')
     check_same({this: {'arguments': vars(args)}, **there}, SETTINGS, within='arguments')
-    todo = [(variant, seed) for seed in dict.fromkeys(args.seeds) for variant in dict.fromkeys(args.variants)]
-    done = {path.stem for path in there}
-    todo = [(variant, seed) for variant, seed in todo if title(args, variant, seed) not in done]
+    runs = [(variant, seed) for seed in dict.fromkeys(args.seeds) for variant in dict.fromkeys(args.variants)]
     data = {
         'train': load(args.data / 'train', 0, args.images),
         'test': load(args.data / 'test', 0, args.test_images),
     }
     images = checksums(data)
     check_same({this: images, **there}, images)
-    run_each(todo, lambda variant, seed: run(args, data, variant, seed, deadline))
+    missing = (one for one in runs if not Path(args.out, f'{title(args, *one)}.json').exists())
+    run_each(missing, lambda variant, seed: run(args, data, variant, seed, deadline))
 
 
 if __name__ == '__main__':

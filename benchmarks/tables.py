@@ -381,17 +381,20 @@ def run_all(args: argparse.Namespace) -> None:
     deadline = None if args.minutes is None else start + 60 * args.minutes
     torch.set_num_threads(args.threads)
     there = read_records(args.out, RESULT, f'{args.table}-*-{digest(settings_of(args))}.json')
-    done = {path.stem for path in there}
-    todo = [(row, seed) for seed in dict.fromkeys(args.seeds) for row in dict.fromkeys(args.rows)]
-    todo = [(row, seed) for row, seed in todo if title(args, row, seed) not in done]
-    if not todo:
+    runs = [(row, seed) for seed in dict.fromkeys(args.seeds) for row in dict.fromkeys(args.rows)]
+
+    def is_missing(one: tuple[str, int]) -> bool:
+        return not Path(args.out, f'{title(args, *one)}.json').exists()
+
+    if not any(map(is_missing, runs)):
         print(f'all is there; python benchmarks/tables.py --show {args.out} prints it')
         return
     make = partial(TASKS[args.table].data, args)
     data = {'train': make('train', args.train), 'test': make('test', args.test)}
     images = checksums(data)
     check_same({Path('this run'): images, **there}, images)
-    run_each(todo, lambda row, seed: run(row, seed, args, data, deadline))
+    missing = filter(is_missing, runs)  # asked before each run: another process may have written some
+    run_each(missing, lambda row, seed: run(row, seed, args, data, deadline))
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import batch_sizes
+import memory
 import numpy as np
 import pytest
 import tables
@@ -142,6 +143,29 @@ def test_a_killed_run_loses_no_finished_row(folder: Path, tmp_path: Path) -> Non
     after = measured(tmp_path)
     assert len(after) == len(before) + 1
     assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize('script', [tables, memory], ids=['tables', 'memory'])
+def test_what_another_process_has_run_meanwhile_is_not_run_again(
+    script: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script is tables:
+        command = ['cifar10', str(folder), *TOY, '--rows', 'ait', '--out', str(tmp_path), '--seeds']
+    else:
+        sizes = '--width 16 --depth 1 --images 2 --test-images 2 --epochs 1 --batch-size 5 --threads 1'.split()
+        command = [str(folder), *sizes, '--variants', 'none', '--out', str(tmp_path), '--seeds']
+    run, calls = script.run, []
+
+    def run_beside_another(*args: Any) -> float:
+        calls.append(args)
+        top1 = run(*args)
+        if len(calls) == 1:
+            script.main([*command, '2'])
+        return float(top1)
+
+    monkeypatch.setattr(script, 'run', run_beside_another)
+    script.main([*command, '1', '2', '3'])
+    assert len(calls) == len(list(tmp_path.glob('*.json'))) == 3
 
 
 def test_results_of_other_settings_never_mix(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
