@@ -412,7 +412,7 @@ def test_a_model_by_name_takes_a_checkpoint_and_checkpoints_for_drift(run: Path,
 
 
 def test_a_model_without_weights_needs_a_checkpoint() -> None:
-    with pytest.raises(ValueError, match='ait_small has no weights of its own; give --checkpoint FILE'):
+    with pytest.raises(ValueError, match='ait_small has no weights of its own; name the file of a training'):
         load_model('ait_small')
 
 
