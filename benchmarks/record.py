@@ -160,11 +160,10 @@ def positive(text: str) -> int:
 def check_device(device: str) -> None:
     """Raise ValueError if this machine has no such device."""
     try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f'there is no device {device}; take cpu or cuda') from error
-    if device.startswith('cuda') and not torch.cuda.is_available():
-        raise ValueError(f'PyTorch finds no GPU here, got --device {device}; take cpu')
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).partition('. ')[0]
+        raise ValueError(f'PyTorch cannot compute on --device {device} here; take cpu. {why}') from error
 
 
 @contextmanager

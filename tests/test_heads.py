@@ -62,16 +62,13 @@ def test_a_model_without_attention_or_an_empty_folder_is_named() -> None:
         heads.head_shares(timm.create_model('test_ait'), [])
 
 
-def test_an_unknown_model_or_what_is_missing_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+def test_an_unknown_model_or_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (['--model', 'no_such'], 'timm has no model no_such'),
         (['--model', 'test_ait'], 'No such file'),
         (['--model', 'test_ait', '--checkpoint', 'gone'], 'test_ait cannot load gone: there is no such file'),
         (['--model', 'test_ait', '--checkpoint', __file__], f'test_ait cannot load {__file__}: '),
-        (['--model', 'test_ait', '--device', 'cuda'], 'PyTorch finds no GPU here, got --device cuda; take cpu'),
+        (['--model', 'test_ait', '--device', 'foo'], 'PyTorch cannot compute on --device foo here; take cpu'),
     ):
         with pytest.raises(SystemExit):
             heads.main([str(tmp_path / 'nowhere'), *arguments, '--output', str(tmp_path / 'heads.png')])

@@ -60,6 +60,7 @@ def test_an_error_of_the_user_ends_in_a_sentence(
     assert capsys.readouterr().err.endswith(f'error: {said}\n')
 
 
-def test_a_device_that_torch_does_not_know_is_named() -> None:
-    with pytest.raises(ValueError, match='there is no device foo; take cpu or cuda'):
-        check_device('foo')
+@pytest.mark.parametrize('device', ['foo', 'meta', 'lazy'])
+def test_a_device_that_computes_nothing_here_is_named(device: str) -> None:
+    with pytest.raises(ValueError, match=f'cannot compute on --device {device} here; take cpu'):
+        check_device(device)

@@ -48,8 +48,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, least in dict(epochs=1, batch_size=1, threads=1, workers=0, seed=0).items():
         if getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} must be at least {least}, got {getattr(args, name)}')
-    if args.device.startswith('cuda') and not torch.cuda.is_available():
-        parser.error(f'PyTorch finds no GPU here, got --device {args.device}; take cpu')
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).partition('. ')[0]
+        parser.error(f'PyTorch cannot compute on --device {args.device} here; take cpu. {why}')
     return args
 
 
