@@ -4,6 +4,7 @@ The card is made from the registered models with their configs, and from the res
 of objects with the keys of :data:`FACT`.
 """
 
+import argparse
 import json
 import sys
 from functools import cache
@@ -98,14 +99,17 @@ To fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_ba
 """
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write the card, or with ``--check`` compare it with the file.
 
     Raises:
         SystemExit: With ``--check``, if the file is out of date.
     """
+    parser = argparse.ArgumentParser(description='Write MODEL_CARD.md from the models and results/weights.json.')
+    parser.add_argument('--check', action='store_true', help='write nothing; fail if the file is out of date')
+    args = parser.parse_args(argv)
     card = make_card(read_facts(RESULTS))
-    if '--check' not in sys.argv[1:]:
+    if not args.check:
         CARD.write_text(card)
     elif not CARD.is_file() or CARD.read_text() != card:
         sys.exit(f'{CARD.name} is out of date: run python benchmarks/model_card.py')

@@ -1,7 +1,6 @@
 """MODEL_CARD.md is made from the registered models and the results, and is up to date."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +60,18 @@ def test_check_fails_for_a_card_that_is_out_of_date_and_passes_after_writing_it(
     for content in (None, 'yesterday'):
         if content:
             model_card.CARD.write_text(content)
-        monkeypatch.setattr(sys, 'argv', ['model_card.py', '--check'])
         with pytest.raises(SystemExit, match=r'MODEL_CARD\.md is out of date: run python benchmarks/model_card\.py'):
-            model_card.main()
-    monkeypatch.setattr(sys, 'argv', ['model_card.py'])
-    model_card.main()
-    monkeypatch.setattr(sys, 'argv', ['model_card.py', '--check'])
-    model_card.main()
+            model_card.main(['--check'])
+    model_card.main([])
+    model_card.main(['--check'])
+
+
+def test_asking_for_help_writes_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_card, 'CARD', tmp_path / 'MODEL_CARD.md')
+    for words in (['--help'], ['--chek'], ['card.md']):
+        with pytest.raises(SystemExit):
+            model_card.main(words)
+    assert not model_card.CARD.exists()
 
 
 def test_the_card_lists_every_model_and_every_vit(card: str) -> None:
