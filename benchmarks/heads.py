@@ -3,9 +3,9 @@
     python benchmarks/heads.py DIR --model vit_base_patch16_224    # DIR/<class>/*.jpg, the model's own weights
     python benchmarks/heads.py DIR --model ait_medium --checkpoint output/own/model_best.pth.tar --output heads.png
 
-For each head: the smallest share of the tokens that holds 90 % of the attention, a mean over queries and images. The
-paper sorts heads into three groups by it: at most 50 % of the tokens, under 80 %, and the rest. The shares stand in a
-JSON file beside the picture.
+For each head: the smallest share of the tokens that holds 90 % of the attention, a mean over queries and images; of the
+tokens of a window, where a model attends within windows. The paper sorts heads into three groups by it: at most 50 % of
+the tokens, under 80 %, and the rest. The shares stand in a JSON file beside the picture.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def head_shares(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor
         for name in totals:
             if name not in attentions or attentions[name].ndim != 4:
                 raise ValueError(f'expected attention of shape (B, heads, queries, tokens) at {name}, got none')
-            totals[name] = totals[name] + token_share(attentions[name]).sum(dim=0).cpu()  # (B, H) -> (H,)
+            shares = token_share(attentions[name]).cpu()  # (B, H); with windows (B*windows, H)
+            totals[name] = totals[name] + len(images) * shares.mean(dim=0)
         num_images += len(images)
     if num_images == 0:
         raise ValueError('expected at least one image, got none')

@@ -55,7 +55,32 @@ def test_heads_without_preference_need_nine_tenths_of_the_tokens_and_sharp_ones_
     assert all(map(torch.equal, before, model.buffers()))  # looking writes no memory
 
 
+def test_attention_within_windows_counts_the_tokens_of_a_window() -> None:
+    sizes = dict(img_size=32, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2))
+    model = timm.create_model('swin_tiny_patch4_window7_224', **sizes)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.blocks[0].attn.qkv.weight.zero_()  # all logits are 0
+            layer.blocks[0].attn.relative_position_bias_table.zero_()
+    shares = heads.head_shares(model, [torch.randn(2, 3, 32, 32), torch.randn(1, 3, 32, 32)])
+    for layer in shares.values():
+        assert layer.tolist() == pytest.approx([15 / 16] * 2)  # of 16 tokens
+
+
+class FactorisedAttention(nn.Module):
+    """Attention that never is a matrix of queries and tokens for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn_drop = nn.Dropout(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn_drop(x.flatten(2).softmax(dim=-1))
+
+
 def test_a_model_without_attention_or_an_empty_folder_is_named() -> None:
+    with pytest.raises(ValueError, match=r'expected attention of shape \(B, heads, queries, tokens\) at attn_drop'):
+        heads.head_shares(FactorisedAttention(), [torch.randn(1, 3, 8, 8)])
     with pytest.raises(ValueError, match='expected a model with attention'):
         heads.head_shares(nn.Linear(2, 3), [])
     with pytest.raises(ValueError, match='expected at least one image'):

@@ -446,6 +446,18 @@ def test_checkpointing_from_outside_tells_shapes_and_devices_apart() -> None:
     torch.testing.assert_close(grads[1], grads[0])
 
 
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_checkpointing_from_outside_refuses_a_mode_that_changed_before_the_backward_pass(use_reentrant: bool) -> None:
+    model = timm.create_model('test_ait').eval()
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    logits = checkpoint(model, images, use_reentrant=use_reentrant)
+    model.train()
+    before = memories(model)
+    with pytest.raises(RuntimeError, match='no such forward came before it'):
+        logits.sum().backward()
+    assert_close(memories(model), before, rtol=0, atol=0)
+
+
 def test_checkpointing_from_outside_warns_where_it_has_forgotten_the_forward() -> None:
     model = make_model(depth=1)
     batches = torch.randn(replay.MOST_FORWARDS + 1, B, 3, 32, 32)

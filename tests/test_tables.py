@@ -313,6 +313,8 @@ def test_only_our_logits_are_the_same_at_every_batch_size(
     ('arguments', 'message'),
     [
         (['sort_of_clevr', '--questions', 'all', '--turn'], 'other answers change as the scene turns'),
+        ([], 'give a table and one seed'),
+        (['cifar10', '--seeds', '1', '2'], 'give a table and one seed'),
         (['cifar10', '--weights', 'no_such_model'], 'expected the name of a model'),
         (['cifar10', '--rows', 'vit_small', '--minutes', '1'], '--rows, --minutes: this script trains ait alone'),
         (
