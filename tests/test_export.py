@@ -254,7 +254,8 @@ def test_torchao_quantises_every_linear_layer_and_changes_the_logits_little(conf
     assert_rounded_alone(quantised, model, tolerance=0.1)
     linear = [m for m in quantised.modules() if isinstance(m, nn.Linear)]
     assert len(linear) > 20
-    assert all(type(m.weight) is not nn.Parameter for m in linear)
+    # torchao up to 0.16 leaves layers of 16 inputs or fewer as they are
+    assert all(type(m.weight) is not nn.Parameter for m in linear if m.in_features > 16)
 
 
 @pytest.mark.filterwarnings('ignore')
