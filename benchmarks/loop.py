@@ -43,9 +43,7 @@ class Settings:
         batch_size: The last images of an epoch are left out if they fill no batch.
         opt: Optimizer, as timm calls it.
         weight_decay: Not applied to norms and biases.
-        warmup: Share of the steps in which the learning rate grows.
-        warmup_lr: First learning rate.
-        min_lr: Last learning rate.
+        warmup_lr: First learning rate. It grows in the first tenth of the steps, then falls to 0.
         flip: Mirror every image with probability 1/2.
         shift: Move every image by up to so many pixels in x and y; its edge is reflected.
         turn: Turn every image by 0, 90, 180 or 270 degrees. With ``flip``, one of the eight symmetries of a square.
@@ -61,9 +59,7 @@ class Settings:
     batch_size: int = 128
     opt: str = 'adamw'
     weight_decay: float = 0.05
-    warmup: float = 0.1
     warmup_lr: float = 1e-5
-    min_lr: float = 0.0
     flip: bool = True
     shift: int = 2
     turn: bool = False
@@ -221,9 +217,8 @@ class Run:
             num_epochs=steps,  # for timm, each step is an epoch of one update
             updates_per_epoch=1,
             step_on_epochs=False,
-            warmup_epochs=int(settings.warmup * steps),
+            warmup_epochs=int(0.1 * steps),
             warmup_lr=settings.warmup_lr,
-            min_lr=settings.min_lr,
         )
         self.step = 0
         self.log: list[dict[str, float]] = []

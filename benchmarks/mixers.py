@@ -125,16 +125,16 @@ class GatedWrite(nn.Module):
 
 
 class HopfieldRead(nn.Module):
-    """``softmax(beta h a^T) a`` with the attractors ``a = W_LT slots + b``, as in the Associative Transformer."""
+    """``softmax(h a^T) a`` with the attractors ``a = W_LT slots + b``, as in the Associative Transformer."""
 
-    def __init__(self, embed_dim: int, slot_dim: int, beta: float) -> None:
+    def __init__(self, embed_dim: int, slot_dim: int) -> None:
         super().__init__()
-        self.linear_transform, self.beta = nn.Linear(slot_dim, embed_dim), beta
+        self.linear_transform = nn.Linear(slot_dim, embed_dim)
 
     def forward(self, h: Tensor, slots: Tensor) -> Tensor:
         """Tokens (B, N, E), slots (B, M, D) -> (B, N, E)."""
         attractors = self.linear_transform(slots)  # (B, M, D) -> (B, M, E)
-        return F.scaled_dot_product_attention(h, attractors, attractors, scale=self.beta)
+        return F.scaled_dot_product_attention(h, attractors, attractors, scale=1.0)
 
 
 class CoordinationBlock(nn.Module):
@@ -153,7 +153,6 @@ class CoordinationBlock(nn.Module):
         across_batch: bool,
         balance_weight: float,
         hopfield: bool,
-        beta: float,
     ) -> None:
         super().__init__()
         self.balance_weight = balance_weight
@@ -161,7 +160,7 @@ class CoordinationBlock(nn.Module):
         self.write = GatedWrite(embed_dim, slot_dim, num_heads, top_k)
         self.read: nn.Module = CrossAttention(embed_dim, slot_dim, num_heads)
         if hopfield:
-            self.read = HopfieldRead(embed_dim, slot_dim, beta)
+            self.read = HopfieldRead(embed_dim, slot_dim)
         self.mlp = Mlp(embed_dim, int(mlp_ratio * embed_dim), act_layer=nn.ReLU)
         self.register_buffer('memory', torch.eye(num_slots, slot_dim) if across_batch else None)
 
@@ -184,9 +183,8 @@ class CoordinationBlock(nn.Module):
         slots, shares, selected = self.write(h, slots)
         if self.balance_weight == 0:
             return slots, h.new_zeros(())
-        gates, tokens = shares.flatten(0, 1), selected.flatten(0, 1)  # (B, H, M, k) -> (B*H, M, k)
-        loss = load_balance_loss(Selection(gates, tokens, gates.new_empty(0)), h.shape[1])
-        return slots, self.balance_weight * loss / len(h)
+        loss = load_balance_loss(Selection(shares, selected, shares.new_empty(0)), h.shape[1])
+        return slots, self.balance_weight * loss
 
 
 class Coordination(Mixer):
@@ -209,7 +207,6 @@ class Coordination(Mixer):
             is written in training, and only read in evaluation.
         balance_weight: Weight of the paper's balance loss.
         hopfield: Whether tokens read by Hopfield retrieval.
-        beta: Inverse temperature of that.
     """
 
     first_slots: Tensor
@@ -226,12 +223,11 @@ class Coordination(Mixer):
         across_batch: bool = False,
         balance_weight: float = 0.0,
         hopfield: bool = False,
-        beta: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_buffer('first_slots', torch.eye(num_slots, slot_dim), persistent=False)
         write = (num_slots, slot_dim, top_k, across_batch, balance_weight)
-        blocks = [CoordinationBlock(embed_dim, num_heads, mlp_ratio, *write, hopfield, beta) for _ in range(depth)]
+        blocks = [CoordinationBlock(embed_dim, num_heads, mlp_ratio, *write, hopfield) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def top1_of(seeds: dict[int, Any]) -> dict[int, float]:
 def interval(values: list[float]) -> float:
     """Half of the 95 % interval of the mean, by Student's t."""
     n = len(values)
-    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
+    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5
 
 
 def gains(top1: dict[int, float], control: dict[int, float]) -> list[float]:

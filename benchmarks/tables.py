@@ -25,6 +25,7 @@ import ablations
 import baselines
 import torch
 from loop import Data, Run, Settings, checksums, evaluate, fit, load
+from mixers import check_heads
 from record import check_device, check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
 from timm.optim import list_optimizers
@@ -126,6 +127,7 @@ def create(row: str, args: argparse.Namespace) -> nn.Module:
     sizes: dict[str, Any] = dict(embed_dim=args.width, depth=args.depth, mlp_ratio=args.mlp_ratio)
     if args.width is not None:
         sizes['num_heads'] = args.heads or max(args.width // 64, 1)  # of the paper's width
+        check_heads(args.width, sizes['num_heads'])
     if has_slots(row):
         sizes['num_slots'] = args.num_slots
     if row in ('coordination', 'coordination_h'):
@@ -377,8 +379,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_all(args: argparse.Namespace) -> None:
     """Run what has no result yet, one seed after the other, until the time is over."""
-    start = time.monotonic()
-    deadline = None if args.minutes is None else start + 60 * args.minutes
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     torch.set_num_threads(args.threads)
     there = read_records(args.out, RESULT, f'{args.table}-*-{digest(settings_of(args))}.json')
     runs = [(row, seed) for seed in dict.fromkeys(args.seeds) for row in dict.fromkeys(args.rows)]

@@ -136,10 +136,10 @@ def test_across_the_batch_tokens_of_all_images_compete_for_a_memory_that_only_tr
 
 
 def test_hopfield_coordination_reads_attractors() -> None:
-    mixer = mixers.Coordination(E, 1, H, num_slots=M, slot_dim=D, across_batch=True, hopfield=True, beta=0.7).eval()
+    mixer = mixers.Coordination(E, 1, H, num_slots=M, slot_dim=D, across_batch=True, hopfield=True).eval()
     (block,), x = mixer.blocks, torch.randn(B, N, E)
     attractors = block.memory @ block.read.linear_transform.weight.t() + block.read.linear_transform.bias
-    x1 = HopfieldRetrieval(beta=0.7)(x, block.norm1(x), attractors)
+    x1 = HopfieldRetrieval()(x, block.norm1(x), attractors)
     torch.testing.assert_close(mixer(x)[0], x1 + feed_forward(block.mlp, block.norm2(x1)))
 
 

@@ -1,6 +1,7 @@
 """The training loop of the experiments."""
 
 import errno
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -305,7 +306,7 @@ def test_weights_decay_and_biases_do_not() -> None:
     models = [make_linear() for _ in range(2)]
     black = torch.full((N, 3, SIDE, SIDE), 0.0), images()[1]  # no gradient of the weights
     for model, decay in zip(models, (0.0, 0.5), strict=True):
-        fit(model, black, replace(PLAIN, lr=0.1, warmup=0.0, weight_decay=decay))
+        fit(model, black, replace(PLAIN, lr=0.1, weight_decay=decay))
     (_, plain), (_, decayed) = models
     assert torch.equal(plain.bias, decayed.bias)
     assert decayed.weight.norm() < 0.99 * plain.weight.norm()
@@ -320,8 +321,8 @@ def test_the_learning_rate_grows_then_falls(monkeypatch: pytest.MonkeyPatch) -> 
         rates.append(run.optimizer.param_groups[0]['lr'])
 
     monkeypatch.setattr(loop.Run, 'train', noting)
-    fit(make_linear(), images(), Settings(lr=1.0, steps=10, warmup=0.2, warmup_lr=0.5, min_lr=0.1, batch_size=BATCH))
-    cosine = [0.1 + 0.45 * (1 + torch.tensor(torch.pi * i / 10).cos().item()) for i in range(2, 10)]
+    fit(make_linear(), images(), Settings(lr=1.0, steps=20, warmup_lr=0.5, batch_size=BATCH))
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 20)) for i in range(2, 20)]
     assert rates == pytest.approx([0.5, 0.75, *cosine])
 
 

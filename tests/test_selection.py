@@ -1,7 +1,6 @@
 """Products with selected tokens: against dense matrices, both ways to compute them, gradients of gradients included."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from timm_ait import selection
-from timm_ait.selection import gather, sample, scatter, top_logits, top_logits_per_image
+from timm_ait.selection import gather, scatter, top_logits, top_logits_per_image
 
 Q, E, K = 3, 5, 2
 DENSE, SPARSE = 7, 13  # tokens T: below and above six times K
@@ -45,7 +44,7 @@ def test_they_are_the_derivatives_of_one_form(num_tokens: int) -> None:
     weights, y, x, selected = draw(Q, K), draw(Q, E), draw(num_tokens, E), select(num_tokens)
     form = torch.einsum('qk,qkt,qe,te->', weights, one_hot(selected, num_tokens), y, x)
     by_weights, by_y, by_x = torch.autograd.grad(form, [weights, y, x])
-    torch.testing.assert_close(sample(y, x, selected), by_weights)
+    torch.testing.assert_close(selection._Derivative.apply(None, y, x, selected, num_tokens), by_weights)
     torch.testing.assert_close(gather(weights, selected, x), by_y)
     torch.testing.assert_close(scatter(weights, selected, y, num_tokens), by_x)
 
@@ -85,14 +84,14 @@ def test_products_with_narrow_tokens_are_as_wide_as_the_queries(dtype: torch.dty
         torch.testing.assert_close(grad.float(), wide.float(), rtol=0.02, atol=0.05)
 
 
-@pytest.mark.parametrize('name', ['gather', 'scatter', 'sample', 'top_logits'])
+@pytest.mark.parametrize('name', ['gather', 'scatter', 'by_weights', 'top_logits'])
 def test_first_and_second_derivatives_are_those_of_finite_differences(name: str, num_tokens: int) -> None:
     selected = select(num_tokens)
     weights, y, x = draw(Q, K), draw(Q, E), draw(num_tokens, E)
     functions: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         'gather': (lambda weights, x: gather(weights, selected, x), (weights, x)),
         'scatter': (lambda weights, y: scatter(weights, selected, y, num_tokens), (weights, y)),
-        'sample': (partial(sample, selected=selected), (y, x)),
+        'by_weights': (lambda y, x: selection._Derivative.apply(None, y, x, selected, num_tokens), (y, x)),
         'top_logits': (lambda y, x: top_logits(y, x, K)[0], (y, x)),
     }
     function, inputs = functions[name]

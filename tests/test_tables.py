@@ -240,6 +240,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         'together with --width': ['triangle', '--heads', '4'],
         'give --heads, at least 1': ['triangle', '--width', '64', '--heads', '0'],
         'which it must divide': ['triangle', '--width', '64', '--heads', '3'],
+        'expected a width that num_heads=3 divides, got 200': ['triangle', *TOY, '--width', '200'],
         '--mlp-ratio must be above 0, got -1.0': ['triangle', '--mlp-ratio', '-1'],
         'got vit_small, without slots': ['triangle', '--rows', 'vit_small', '--num-slots', '8'],
         'for --rows that have slots; got 0': ['triangle', '--rows', 'ait', '--num-slots', '0'],

@@ -1,6 +1,5 @@
 """Associative Transformers for timm. Importing this package registers the models."""
 
-from . import ait  # noqa: F401  registers the models
 from .convert import checkpoint_filter_fn
 from .hopfield import HopfieldRetrieval, hopfield_energy
 from .memory import load_memory, save_memory

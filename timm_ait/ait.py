@@ -69,7 +69,6 @@ def make_cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
-        'pool_size': None,
         'crop_pct': 0.9,
         'interpolation': 'bicubic',
         'fixed_input_size': True,

@@ -5,8 +5,8 @@ in each of its three arguments:
 
     F(weights, y, x) = sum_qi weights[q, i] <y[q], x[selected[q, i]]>     (Q, k), (Q, E), (T, E) -> ()
 
-:func:`gather` is its derivative by ``y``, :func:`scatter` by ``x``, :func:`sample` by ``weights``. The gradient of each
-of them consists of the other two. Without them autograd would save a matrix of Q x T. The functions ``..._per_image``
+:func:`gather` is its derivative by ``y``, :func:`scatter` by ``x``. The gradient of each consists of the other one and
+of the derivative by ``weights``. Without them autograd would save a matrix of Q x T. The functions ``..._per_image``
 let it do so: an image has few tokens.
 """
 
@@ -23,7 +23,6 @@ __all__ = [
     'gather',
     'gather_per_image',
     'load_balance_loss',
-    'sample',
     'scatter',
     'top_logits',
     'top_logits_per_image',
@@ -81,11 +80,6 @@ def gather(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
 def scatter(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Tensor:
     """For each token, the weighted sum of ``y`` over the queries that selected it: (Q, k), (Q, k), (Q, E) -> (T, E)."""
     return _Derivative.apply(weights, y, None, selected, num_tokens)
-
-
-def sample(y: Tensor, x: Tensor, selected: Tensor) -> Tensor:
-    """Products of each row of ``y`` with its selected rows of ``x``: (Q, E), (T, E), (Q, k) -> (Q, k)."""
-    return _Derivative.apply(None, y, x, selected, len(x))
 
 
 def top_logits_per_image(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:

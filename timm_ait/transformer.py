@@ -414,8 +414,7 @@ def _check_fixed_tokens(dynamic_img_size: bool, patch_drop_rate: float) -> None:
 
 def _is_exporting() -> bool:
     # torch.compiler.is_exporting() reads this flag, but the compiler of torch 2.9 takes it for true in any graph.
-    is_exporting = bool(torch.compiler._is_exporting_flag)
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or is_exporting
+    return torch.jit.is_tracing() or bool(torch.compiler._is_exporting_flag)
 
 
 def without_subclass(x: Tensor) -> Tensor:
