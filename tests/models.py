@@ -21,6 +21,13 @@ SMALL = dict(
 LAYOUTS = pytest.mark.parametrize('layout', ['paper', 'vit'])
 
 
+class ByName(GlobalWorkspace):
+    """A layer that calls its retrieval by keyword."""
+
+    def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
+        return self.retrieval(base=h, h=h, attractors=self.attractors(memory, h.dtype), scale=self.scale)
+
+
 class Unread(GlobalWorkspace):
     """A layer that retrieves nothing."""
 

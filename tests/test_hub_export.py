@@ -16,6 +16,7 @@ from hub_child import fingerprint
 from hub_models import ARGS, logits, make_model, sha256
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
+from torch import nn
 
 import timm_ait
 from timm_ait import hub
@@ -269,6 +270,43 @@ def test_the_image_size_of_train_py_is_that_of_the_model(checkpoint: Path) -> No
     torch.save(content, checkpoint)
     model, args = hub.build_model(hub.read_checkpoint(checkpoint), checkpoint, '', {})
     assert (model.patch_embed.img_size, args['img_size']) == ((16, 64), [16, 64])
+
+
+OBLONG = dict(ARGS, patch_size=56)  # of an image of 112 x 448: as many patches as in one of 224 x 224
+
+
+@pytest.mark.parametrize(
+    ('said', 'given'),
+    [
+        (dict(model_kwargs=OBLONG, input_size=[3, 112, 448]), {}),
+        (dict(model_kwargs=OBLONG, img_size=[112, 448]), {}),
+        (dict(model_kwargs=dict(OBLONG, img_size=[112, 448])), {}),
+        (None, dict(OBLONG, img_size=(112, 448))),
+    ],
+    ids=['input_size', 'img_size', 'model_kwargs', 'state dict alone'],
+)
+def test_positions_of_an_oblong_grid_are_not_taken_for_those_of_a_square_one(
+    said: dict[str, Any] | None, given: dict[str, Any], tmp_path: Path
+) -> None:
+    model = make_model(model_name='ait_small', **dict(OBLONG, img_size=(112, 448)))
+    nn.init.normal_(model.pos_embed)
+    weights, path = model.state_dict(), tmp_path / 'last.pth'
+    torch.save(weights if said is None else {'state_dict': weights, 'args': {'model': 'ait_small', **said}}, path)
+    built, _ = hub.build_model(hub.read_checkpoint(path), path, 'ait_small', given)
+    folder = hub.export(path, tmp_path / 'out', 'ait_small', given)
+    for loaded in (built, timm.create_model(f'local-dir:{folder}', pretrained=True)):
+        assert torch.equal(loaded.pos_embed, model.pos_embed)
+
+
+def test_positions_of_a_square_grid_are_resampled_to_the_oblong_one_that_is_asked_for(tmp_path: Path) -> None:
+    model = make_model(model_name='ait_small', **OBLONG)
+    nn.init.normal_(model.pos_embed)
+    path = tmp_path / 'last.pth'
+    args = {'model': 'ait_small', 'model_kwargs': OBLONG}
+    torch.save({'state_dict': model.state_dict(), 'args': args}, path)
+    built, _ = hub.build_model(hub.read_checkpoint(path), path, '', {'img_size': (112, 448)})
+    assert built.patch_embed.grid_size == (2, 8)
+    assert not torch.equal(built.pos_embed, model.pos_embed)
 
 
 def test_the_channels_of_train_py_are_those_of_the_model(checkpoint: Path) -> None:

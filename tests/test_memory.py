@@ -79,6 +79,26 @@ def test_it_is_saved_from_any_wrapper_and_loaded_into_any(wrap: Callable[[Any], 
     assert_equal(memories(wrapped), memories(another))
 
 
+@pytest.mark.parametrize(
+    'name',
+    [
+        '_checkpoint_wrapped_module',
+        '_fsdp_wrapped_module',
+        '_orig_mod',
+        'base_layer',
+        'base_model',
+        'model',
+        'module',
+    ],
+)
+def test_the_names_of_wrappers_around_a_layer_are_left_out(name: str, tmp_path: Path) -> None:
+    model = make_model()
+    for block in model.blocks:
+        block.mlp = nn.ModuleDict({name: block.mlp})
+    save_memory(model, tmp_path / 'memory.safetensors')
+    assert list(load_file(tmp_path / 'memory.safetensors')) == ['blocks.0.mlp.memory', 'blocks.1.mlp.memory']
+
+
 def test_the_file_holds_the_names_of_the_state_dict(tmp_path: Path) -> None:
     model = make_model()
     save_memory(torch.compile(model, backend='eager'), tmp_path / 'memory.safetensors')

@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from models import Unread, memories
+from models import ByName, Unread, memories
 from timm.layers import Mlp
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
@@ -44,12 +44,17 @@ def test_equal_slots_are_a_constant() -> None:
     assert (seen.varies_over_tokens, seen.varies_over_images) == pytest.approx((0, 0), abs=1e-3)
 
 
+def test_slots_that_share_the_tokens_unequally_are_not_all_in_use() -> None:
+    one, other = ORTHOGONAL
+    assert report(ORTHOGONAL, torch.stack([one, one, one, other])[None]).slots_in_use == pytest.approx(4 / 3**0.75)
+
+
 def test_images_that_differ_as_wholes_vary_over_images_too() -> None:
     seen = report(ORTHOGONAL, torch.eye(2)[:, None])  # two images of one token
     assert seen.varies_over_images == pytest.approx(seen.varies_over_tokens) == pytest.approx(math.sqrt(0.5))
 
 
-def test_the_cosines_of_long_slots_are_cosines() -> None:
+def test_the_cosines_and_the_rank_of_long_slots_are_those_of_their_directions() -> None:
     layer = GlobalWorkspace(8, num_slots=4, slot_dim=5, write_rule='additive', write_scope='image')
     nn.init.normal_(layer.proj.weight, std=100)
     tokens = torch.randn(3, 12, 8)
@@ -57,6 +62,9 @@ def test_the_cosines_of_long_slots_are_cosines() -> None:
     copies = layer.write(layer.norm(layer.feed_forward(tokens)), layer.memory).memory
     cosines = torch.stack([torch.corrcoef(torch.cat([copy, -copy], dim=1)) for copy in copies])  # the mean is zero
     assert seen.mean_cosine == pytest.approx(cosines[:, ~torch.eye(4, dtype=torch.bool)].mean().item(), abs=1e-5)
+    values = torch.linalg.svdvals(nn.functional.normalize(copies, dim=-1))
+    ranks = torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp()
+    assert seen.effective_rank == pytest.approx(ranks.mean().item(), rel=1e-4)
 
 
 def test_autocast_around_the_report_rounds_none_of_its_numbers() -> None:
@@ -71,10 +79,6 @@ def test_a_scale_that_is_passed_by_position_counts() -> None:
     class ByPosition(GlobalWorkspace):
         def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
             return self.retrieval(h, h, self.attractors(memory, h.dtype), self.scale)
-
-    class ByName(GlobalWorkspace):
-        def read(self, f: Tensor, h: Tensor, memory: Tensor) -> Tensor:
-            return self.retrieval(base=h, h=h, attractors=self.attractors(memory, h.dtype), scale=self.scale)
 
     layers = [cls(8, num_slots=4, slot_dim=5, write_rule='distinct') for cls in (GlobalWorkspace, ByPosition, ByName)]
     for layer in layers:
@@ -147,6 +151,20 @@ def test_several_batches_count_as_one_and_the_model_stays_as_it_was() -> None:
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert format_report(whole).count('\n') == 3
+
+
+def test_each_number_stands_under_its_heading() -> None:
+    head, _, row = format_report([BlockReport(1, 0.2, 3.0, 4.0, 0.5, 0.6, 7.0)]).splitlines()
+    cells = zip(*([cell.strip() for cell in line.strip('|').split('|')] for line in (head, row)), strict=True)
+    assert dict(cells) == {
+        'block': '1',
+        'slots: mean cosine': '0.2000',
+        'effective rank': '3.0',
+        'in use': '7.0',
+        'retrieval / token, length': '4.000',
+        'varies over tokens, %': '50.00',
+        'over images, %': '60.00',
+    }
 
 
 def test_small_and_large_batches_of_copies_count_by_their_images() -> None:

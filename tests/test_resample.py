@@ -66,3 +66,8 @@ def test_the_papers_stem_takes_no_other_patches() -> None:
 def test_other_tokens_than_those_of_the_checkpoint_are_named(kwargs: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         checkpoint_filter_fn(make_vit().state_dict(), make_model('vit', **kwargs))
+
+
+def test_register_tokens_of_the_checkpoint_are_counted() -> None:
+    with pytest.raises(ValueError, match='has 5 class and register tokens, and the model has 1'):
+        checkpoint_filter_fn(make_model('vit', reg_tokens=4).state_dict(), make_model('vit'))

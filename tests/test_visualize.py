@@ -1,4 +1,4 @@
-"""What is drawn of a memory: each array by hand, the command line, and a page that needs nothing but itself."""
+"""What is drawn of a memory: its history, each picture by hand, a page that needs nothing but itself, the command."""
 
 import argparse
 import base64
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,34 +17,21 @@ from xml.etree import ElementTree
 import pytest
 import timm
 import torch
-from models import Unread, assert_same_state, images, make_model
+from matplotlib.colors import same_color
+from models import images, make_model
 from PIL import Image
+from safetensors.torch import save_file
 from timm.utils import CheckpointSaver
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
-from timm_ait import BlockReport, GlobalWorkspace, drawing, page, visualize
+from timm_ait import BlockReport, drawing, visualize
 from timm_ait.checkpoint import find_checkpoints, load_model
-from timm_ait.history import follow_training, measure_drift, read_memories
+from timm_ait.history import follow_training, measure_drift, read_memories, write_csv
 from timm_ait.inspection import BlockInspection, inspect
 from timm_ait.visualize import Page, main
 
 B, SIDE, N, S, M, K = 5, 32, 16, 3, 7, 11  # of the models of models.py, whose patches are 8 x 8
 ARGS: dict[str, Any] = dict(depth=2, embed_dim=34, num_heads=2, num_slots=M, slot_dim=5, write_heads=S, bottleneck=K)
-
-
-def by_hand(memory: Tensor, h: Tensor, gain: float = 40, **kwargs: Any) -> BlockInspection:
-    """Of a workspace whose normalised tokens are ``h`` (B, N, 2): W_Q = W_K = 1, its attractors are gain * gamma."""
-    layer = GlobalWorkspace(2, num_slots=len(memory), slot_dim=2, write_heads=1, **kwargs).eval()
-    layer.fc1 = layer.act = layer.fc2 = layer.norm = nn.Identity()
-    with torch.no_grad():
-        layer.linear_transform.weight.copy_(gain * torch.eye(2))
-        layer.linear_transform.bias.zero_()
-        layer.query.weight.copy_(torch.eye(2))
-        layer.key.weight.copy_(torch.eye(2))
-        layer.memory.copy_(memory)
-    (one,) = inspect(layer, h)
-    return one
 
 
 def drawn_by_hand() -> BlockInspection:
@@ -109,154 +97,6 @@ def parsed(html: str) -> ElementTree.Element:
     return ElementTree.fromstring(html.removeprefix('<!DOCTYPE html>'))
 
 
-# ---------------------------------------------------------------------------------------------------- inspection
-
-
-@pytest.mark.parametrize('layout', ['paper', 'vit'])
-def test_each_slot_of_each_head_selects_k_tokens_whose_gates_sum_to_one(layout: str) -> None:
-    prefix = dict(paper=0, vit=1)[layout]
-    for block in inspect(make_model(layout), images(B)):
-        assert block.gates.shape == (B, S, M, N + prefix)
-        assert (block.gates > 0).sum() == S * M * K
-        torch.testing.assert_close(block.gates.sum(dim=(0, 3)), torch.ones(S, M))
-        assert block.on_grid(block.gates).shape == (B, S, M, 4, 4)
-        assert torch.equal(block.on_grid(block.gates).flatten(-2), block.gates[..., prefix:])
-
-
-def test_with_copies_the_gates_sum_to_one_in_each_image_and_no_image_sees_another() -> None:
-    model = make_model(write_scope='image')
-    whole, alone = inspect(model, images(B)), inspect(model, images(B)[1:2])
-    for a, b in zip(whole, alone, strict=True):
-        assert a.slots.shape == (B, M, 5)
-        assert a.energy.shape == (B, N, 5)
-        torch.testing.assert_close(a.gates.sum(dim=3), torch.ones(B, S, M))
-        for name in ('gates', 'shares', 'slots', 'energy'):
-            torch.testing.assert_close(getattr(a, name)[1:2], getattr(b, name), rtol=1e-4, atol=1e-5)
-
-
-def test_a_slot_selects_the_token_that_it_scores_highest() -> None:
-    h = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [0.0, 2.0]]])  # the longest tokens are in image 1
-    seen = by_hand(torch.eye(2), h, bottleneck=1)
-    assert seen.gates.nonzero().tolist() == [[1, 0, 0, 0], [1, 0, 1, 1]]  # image 1, head 0, slot m reads token m
-    assert seen.tokens_read == 1
-    both = by_hand(torch.eye(2), h[:1] * 0, bottleneck=2)  # logits 0 and 0
-    assert both.gates.flatten().tolist() == pytest.approx([0.5] * 4)
-    assert both.tokens_read == pytest.approx(2)
-    assert both.balance_loss == pytest.approx(0)
-
-
-def test_a_token_retrieves_the_softmax_of_its_products_with_the_attractors() -> None:
-    seen = by_hand(torch.eye(2), torch.tensor([[[math.log(3), 0.0]]]), gain=1)
-    assert seen.shares.flatten().tolist() == pytest.approx([0.75, 0.25])
-    assert seen.use.tolist() == pytest.approx([0.75, 0.25])
-    assert seen.grid == (1, 1)
-
-
-def test_tokens_of_a_map_and_of_later_stages_have_their_own_grid() -> None:
-    class Stages(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.patch_embed = make_model('vit').patch_embed  # a grid of 4 x 4
-            self.first, self.second, self.third = (GlobalWorkspace(34, num_slots=3, slot_dim=5) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(self.patch_embed(x))
-            x = self.second(x[:, :4])
-            return self.third(x.unflatten(1, (1, 4)))
-
-    torch.manual_seed(0)
-    blocks = inspect(Stages(), images(B))
-    assert [block.grid for block in blocks] == [(4, 4), (2, 2), (1, 4)]
-    assert blocks[2].on_grid(blocks[2].shares.transpose(1, 2)).shape == (B, 3, 1, 4)
-
-
-def test_a_stem_that_does_not_know_its_grid_gives_a_row_of_tokens() -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.patch_embed = nn.Conv2d(3, 8, 8, stride=8)
-            self.workspace = GlobalWorkspace(8, num_slots=3, slot_dim=5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.workspace(self.patch_embed(x).flatten(2).mT)
-
-    assert [block.grid for block in inspect(Plain(), images(B))] == [(1, N)]
-
-
-def test_images_that_are_not_finite_are_refused() -> None:
-    broken = images(B)
-    broken[1, 0, 2, 3] = torch.nan
-    with pytest.raises(ValueError, match='expected images of finite values, got NaN or infinity'):
-        inspect(make_model(), broken)
-
-
-def test_a_layer_that_reads_in_another_way_is_named() -> None:
-    with pytest.raises(ValueError, match='nothing was retrieved in a workspace of class Unread'):
-        inspect(Unread(8), torch.randn(2, 5, 8))
-
-
-def test_the_energy_falls_along_the_steps_and_is_the_one_of_the_paper() -> None:
-    seen = by_hand(torch.eye(2), torch.tensor([[[math.log(3), 0.0]]]), gain=1, retrieval_steps=7)
-    first, second = seen.energy[0, 0, :2].tolist()
-    assert seen.energy.shape == (1, 1, 8)
-    assert first == pytest.approx(-math.log(4) + math.log(3) ** 2 / 2 + math.log(2) + 0.5)
-    lse = math.log(math.exp(0.75) + math.exp(0.25))  # the state after one step is (0.75, 0.25)
-    assert second == pytest.approx(-lse + (0.75**2 + 0.25**2) / 2 + math.log(2) + 0.5)
-    for block in inspect(make_model(beta=1.3, retrieval_steps=2), images(B)):
-        assert (block.energy.diff(dim=-1) <= 1e-9).all()
-        assert block.energy.shape[-1] == 5
-        assert block.steps == 2
-
-
-def test_equal_slots_are_twins_and_a_slot_that_no_token_retrieves_is_dead() -> None:
-    memory = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
-    seen = by_hand(memory, torch.tensor([[[1.0, 0.0]]]))
-    assert seen.twins() == [[0, 2]]
-    assert seen.cosines[0].tolist() == pytest.approx([1, 0, 1])
-    assert seen.dead() == [1]
-    assert 'slots 0, 2 are twins' in page._alike(seen)
-    assert 'dead slots are 1' in page._alike(seen)
-    healthy = by_hand(torch.eye(2), torch.eye(2)[None])
-    assert (healthy.twins(), healthy.dead()) == ([], [])
-    assert 'no two slots are twins' in page._alike(healthy)
-    assert 'no slot is dead' in page._alike(healthy)
-    assert 'all slots are twins' in page._alike(by_hand(torch.ones(3, 2), torch.eye(2)[None]))
-
-
-@pytest.mark.parametrize('kwargs', [{}, {'write_scope': 'image'}, {'write_mode': 'always'}, {'write_mode': 'never'}])
-def test_a_look_changes_nothing_in_the_model(kwargs: dict[str, Any]) -> None:
-    model, same = make_model(**kwargs), make_model(**kwargs)
-    model.blocks[0].attn.eval()
-    modes = [module.training for module in model.modules()]
-    inspect(model, images(B))
-    assert_same_state(model, same)
-    assert [module.training for module in model.modules()] == modes
-    assert not any(module._forward_hooks for module in model.modules())
-    assert model.blocks[0].mlp.store.__func__ is GlobalWorkspace.store
-    assert model.balance_loss() == 0
-
-
-def test_an_error_inside_the_model_leaves_it_as_it_was() -> None:
-    model = make_model()
-    with pytest.raises(ValueError, match='expected images of'):
-        inspect(model, images(B, side=16))
-    assert model.training
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_a_relational_model_is_looked_into_with_its_questions() -> None:
-    model = timm.create_model('test_ait_relational', depth=2)
-    questions = torch.randint(2, (2, 18), generator=torch.Generator().manual_seed(0)).float()
-    blocks = inspect(model, images(2, side=75), questions)
-    assert blocks[0].gates.shape[-1] == 26  # 5 x 5 patches and the question
-    assert blocks[0].grid == (5, 5)
-
-
-def test_the_balance_loss_counts_with_its_weight() -> None:
-    light, heavy = (inspect(make_model(balance_weight=weight), images(B))[0] for weight in (0.01, 0.5))
-    assert heavy.balance_loss == pytest.approx(50 * light.balance_loss)
-
-
 # ------------------------------------------------------------------------------------------------------- history
 
 
@@ -280,6 +120,15 @@ def test_checkpoints_come_by_epoch_and_hold_the_memory_that_was_trained(run: Pat
     assert not torch.equal(memories[0], memories[1])
 
 
+def test_the_blocks_of_a_checkpoint_come_by_number(tmp_path: Path) -> None:
+    model = timm.create_model('test_ait', depth=12, embed_dim=16, num_heads=2, num_slots=5, slot_dim=3)
+    torch.save(model.state_dict(), tmp_path / 'a.pth')
+    save_file(model.state_dict(), tmp_path / 'a.safetensors')  # sorts block 10 before block 2
+    wanted = torch.stack([block.mlp.memory for block in model.blocks])
+    assert torch.equal(read_memories(tmp_path / 'a.pth'), wanted)
+    assert torch.equal(read_memories(tmp_path / 'a.safetensors'), wanted)
+
+
 def test_the_training_is_followed_by_epoch_and_block(run: Path) -> None:
     rows = follow_training(run, images(B))
     assert [(row['epoch'], row['block']) for row in rows] == [(i, j) for i in range(3) for j in range(2)]
@@ -295,6 +144,23 @@ def test_an_epoch_whose_checkpoint_is_gone_keeps_its_loss(tmp_path: Path) -> Non
     assert [row.get('block') for row in rows] == [0, 1, None, 0, 1]
     assert rows[2]['train_loss'] == 2
     drawing.draw_training(rows)
+
+
+def test_the_table_has_all_columns_where_the_first_checkpoint_is_gone(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / 'run')
+    (folder / 'checkpoint-0.pth.tar').unlink()
+    write_csv(tmp_path / 'training.csv', follow_training(folder, images(B)))
+    with (tmp_path / 'training.csv').open(newline='') as file:
+        assert [row['block'] for row in csv.DictReader(file)] == ['', '0', '1', '0', '1']
+
+
+def test_a_run_may_lack_the_validation_or_the_line_of_an_epoch(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / 'run', epochs=2)
+    (folder / 'summary.csv').write_text('epoch,train_loss\n0,3\n')
+    rows = follow_training(folder, images(B))
+    assert [(row['epoch'], row['block']) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [row['train_loss'] for row in rows] == pytest.approx([3, 3, math.nan, math.nan], nan_ok=True)
+    assert all(math.isnan(row['eval_top1']) for row in rows)
 
 
 def test_after_a_resume_the_newest_line_of_an_epoch_counts(tmp_path: Path) -> None:
@@ -327,6 +193,23 @@ def test_an_image_is_lit_at_the_patches_that_a_slot_reads() -> None:
         assert patches_in(axis, image, 0) == pytest.approx([1] * 6)
 
 
+def test_reads_are_compared_over_images_in_a_picture_and_slot_by_slot_in_the_mosaic() -> None:
+    block = drawn_by_hand()
+    block.gates[1, :, 0] = block.gates[0, :, 0] / 4  # slot 0 reads image 1 a quarter as much as image 0
+    block.gates[1, :, 1] /= 4  # slot 1 reads little
+    white = torch.ones(2, 3, 64, 64)
+    white[:, :, 0, 0] = 0  # an image of one colour has no range
+    assert patches_in(drawing.draw_reads(white, block).axes[0], 1, 1)[0] == pytest.approx(0.12 + 0.88 / 4)
+    assert max(patches_in(drawing.draw_positions(block).axes[0], 0, 1)) == pytest.approx(1)
+
+
+def test_pixels_keep_their_colours() -> None:
+    x = torch.zeros(1, 3, 64, 64)
+    x[:, 0], x[:, 1] = 2, 1
+    x[:, 0, 32:] = 1
+    assert drawing._pixels(x)[0, 5, 5].tolist() == pytest.approx([1, 0.5, 0])
+
+
 def test_the_slot_that_a_token_retrieves_most_is_drawn_with_its_weight() -> None:
     axes = drawing.draw_retrieval(torch.rand(2, 3, 20, 30), drawn_by_hand()).axes
     maps = [axis.images[0].get_array().flatten().tolist() for axis in axes[2:6]]
@@ -340,6 +223,31 @@ def test_each_bar_is_the_use_of_its_slot() -> None:
     assert [bar.get_height() for bar in bars] == pytest.approx((100 * block.use).tolist(), abs=1e-4)
 
 
+def test_dead_slots_are_red_beside_a_line_at_the_even_share() -> None:
+    block = drawn_by_hand()
+    block.shares = torch.tensor([0.01, 0.3, 0.69]).expand(2, 7, 3)
+    axis = drawing.draw_use([block]).axes[0]
+    assert [same_color(bar.get_facecolor(), 'tab:red') for bar in axis.patches] == [True, False, False]
+    assert axis.lines[-1].get_ydata()[0] == pytest.approx(100 / 3)
+
+
+def test_cosines_have_the_number_of_their_block_and_colours_from_minus_one_to_one() -> None:
+    axis = drawing.draw_cosines([drawn_by_hand()]).axes[0]
+    assert axis.get_title() == 'block 3'
+    assert axis.images[0].get_clim() == (-1, 1)
+
+
+def test_the_energy_is_drawn_as_a_mean_over_tokens_in_a_band_with_a_line_at_the_steps_of_the_layer() -> None:
+    block = drawn_by_hand()
+    block.energy = torch.arange(1.0, 15).view(2, 7, 1).expand(2, 7, 5)
+    axis = drawing.draw_energy([block]).axes[0]
+    mean, dashed = axis.lines
+    assert list(mean.get_ydata()) == pytest.approx([7.5] * 5)
+    assert dashed.get_xdata()[0] == block.steps
+    (band,) = axis.collections
+    assert band.get_datalim(axis.transData).ymin == pytest.approx(1 + 0.05 * 13)
+
+
 def test_both_drifts_are_drawn_under_their_names() -> None:
     turned = [torch.tensor([[x, [0.0, 3.0]]]) for x in ([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0])]
     lines = drawing.draw_drift(measure_drift(['a', 'b', 'c'], turned)).axes[0].lines
@@ -348,6 +256,16 @@ def test_both_drifts_are_drawn_under_their_names() -> None:
         'since the first checkpoint': ([0, 1, 2], [0, 0.5, 1]),
         'since the checkpoint before': ([1, 2], [0.5, 0.5]),
     }
+    axis = lines[0].axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ['a', 'b', 'c']
+    assert axis.collections[0].get_paths()[0].contains_point((1.5, 0.1))  # slot 1 stays, and the band reaches it
+
+
+def test_loss_and_accuracy_are_drawn_over_the_epochs() -> None:
+    rows = [dict(epoch=epoch, train_loss=3.0 - epoch, eval_top1=10.0 + epoch) for epoch in range(3)]
+    loss, accuracy, *_ = drawing.draw_training(rows).axes
+    assert list(loss.lines[0].get_ydata()) == [3, 2, 1]
+    assert list(accuracy.lines[0].get_ydata()) == [10, 11, 12]
 
 
 def test_each_block_has_a_line_of_its_own_over_the_epochs() -> None:
@@ -382,6 +300,27 @@ def test_the_page_is_one_well_formed_file_that_asks_for_nothing() -> None:
     assert isinstance(html, Page)
 
 
+def test_the_page_draws_so_many_pictures_and_opens_the_first_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, int]] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        draw = getattr(drawing, name)
+        return lambda *args: drawn.append((name, len(args[0]) if isinstance(args[0], Tensor) else 0)) or draw(*args)
+
+    names = ['draw_cosines', 'draw_use', 'draw_energy', 'draw_positions', 'draw_reads', 'draw_retrieval']
+    for name in names:
+        monkeypatch.setattr(drawing, name, noting(name))
+    html = visualize.visualize(make_model(), images(B), pictures=3)
+    assert drawn == list(zip([*names, *names[3:]], [0, 0, 0, 0, 3, 3, 0, 3, 3], strict=True))
+    assert f'{1 / M:.3f}, an even share' in html
+    assert html.index('<details open="">') < html.index('<details>')
+
+
+def test_a_page_takes_questions() -> None:
+    model = timm.create_model('test_ait_relational', depth=1)
+    assert visualize.visualize(model, images(2, side=75), torch.zeros(2, 18), pictures=1)
+
+
 def test_each_slot_has_its_place_in_a_mosaic_even_where_the_row_goes_on_below() -> None:
     figure = drawing.draw_reads(images(2), inspect(make_model(num_slots=19), images(B))[0])
     titles = [[label.get_text() for label in axis.get_xticklabels()] for axis in figure.axes]
@@ -409,6 +348,24 @@ def test_a_model_by_name_takes_a_checkpoint_and_checkpoints_for_drift(run: Path,
     assert 'Drift of the memory' in (tmp_path / 'memory.html').read_text()
     assert 'Training by epoch' not in (tmp_path / 'memory.html').read_text()
     assert torch.equal(load_model(files[1]).blocks[1].mlp.memory, read_memories(Path(files[1]))[1])
+
+
+def test_the_command_takes_so_many_images_and_pictures(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(visualize, 'visualize', lambda _, x, **kwargs: seen.append((len(x), kwargs)) or Page())
+    main(['test_ait', str(photos), '--images', '3', '--pictures', '2', '--out', str(tmp_path)])
+    assert [(count, kwargs['pictures']) for count, kwargs in seen] == [(3, 2)]
+
+
+def test_images_are_spread_over_the_folder(tmp_path: Path) -> None:
+    for i in range(5):
+        Image.new('RGB', (SIDE, SIDE), (50 * i,) * 3).save(tmp_path / f'{i}.{"PNG" if i == 2 else "png"}')
+    model = timm.create_model('test_ait', **ARGS)
+    whole, three = (visualize.read_images(tmp_path, model, count) for count in (9, 3))
+    assert len(whole) == 5
+    assert torch.equal(three, whole[::2])
 
 
 def test_a_model_without_weights_needs_a_checkpoint() -> None:
@@ -444,11 +401,6 @@ def test_an_image_that_is_too_large_is_named(tmp_path: Path, monkeypatch: pytest
         visualize.read_images(tmp_path, timm.create_model('test_ait'), 1)
 
 
-def test_the_patches_of_a_wrapped_model_have_rows_and_columns() -> None:
-    model = AveragedModel(make_model())
-    assert inspect(model, images(2))[0].grid == model.module.patch_embed.grid_size
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -476,6 +428,17 @@ def test_a_wrong_argument_is_said_in_one_sentence(
         main(arguments)
     assert str(error.value).startswith(f'python -m timm_ait.visualize: {message}')
     assert not (tmp_path / 'output').exists()
+
+
+def test_no_image_and_a_file_in_the_place_of_the_folder_are_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(['test_ait', str(photos), '--images', '0'])
+    assert '--images must be at least 1, got 0' in capsys.readouterr().err
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match=r'python -m timm_ait.visualize: .*file'):
+        main(['test_ait', str(photos), '--out', str(tmp_path / 'file')])
 
 
 def test_a_run_without_summary_or_with_one_checkpoint_is_met(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import safetensors.torch
 import timm
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
+from timm.layers import to_2tuple
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
@@ -130,7 +131,8 @@ def build_model(
         'img_size': args.get('img_size') or size[1:] or None,
         'global_pool': args.get('gp'),
     }
-    kwargs = {**known, **(args.get('model_kwargs') or {}), **model_kwargs}
+    stated = {**known, **(args.get('model_kwargs') or {})}
+    kwargs = {**stated, **model_kwargs}
     overlay = {'num_classes': kwargs['num_classes'], **{key: args[key] for key in KEPT if args.get(key)}}
     try:
         model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
@@ -138,6 +140,9 @@ def build_model(
         raise ValueError(f'timm cannot make {name} with {kwargs}: {error}') from error
     if not isinstance(model, AssociativeTransformer):
         raise ValueError(f'{name} is no model of this package; timm.models.push_to_hf_hub publishes others')
+    img_size = (stated if args.get('model') else kwargs)['img_size']
+    if img_size:  # of the checkpoint; without it, positions of an oblong grid would be taken for those of a square one
+        model.pretrained_cfg['input_size'] = (model.in_chans, *to_2tuple(img_size))
     try:
         model.load_state_dict(fit_pretrained(read.state_dict, model, str(path)))
     except RuntimeError as error:

@@ -1,6 +1,7 @@
 """Follow the memories of a model over the checkpoints of a training: how far they move, and what they do."""
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,9 @@ def read_memories(path: Path) -> Tensor:
         ValueError: If the file is no checkpoint, or holds no memory.
     """
     weights = read_checkpoint(path).state_dict
-    memories = [value for key, value in weights.items() if key.split('.')[-1] == 'memory']
+    names = [key for key in weights if key.split('.')[-1] == 'memory']
+    names.sort(key=lambda key: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', key)])
+    memories = [weights[name] for name in names]
     if not memories:
         raise ValueError(f'{path} holds no memory; give checkpoints of an Associative Transformer')
     return torch.stack(memories)

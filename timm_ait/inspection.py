@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .hopfield import HopfieldRetrieval, hopfield_energy
+from .layers import without_autocast
 from .report import BlockReport, Sums, by_image, check_all_read, watch
 from .selection import dense, load_balance_loss
 from .workspace import GlobalWorkspace
@@ -50,7 +52,8 @@ class BlockInspection:
     @property
     def cosines(self) -> Tensor:
         """Cosines between the slots (M, M), the mean over copies."""
-        return (self.slots @ self.slots.transpose(1, 2)).mean(dim=0)
+        with without_autocast(self.slots):
+            return (self.slots @ self.slots.transpose(1, 2)).mean(dim=0)
 
     @property
     def use(self) -> Tensor:
@@ -104,12 +107,13 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
     found: list[BlockInspection] = []
     with watch(model) as sums:
 
-        def look(workspace: GlobalWorkspace, seen: Sums, _: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+        def look(workspace: GlobalWorkspace, seen: Sums, module: nn.Module, args: Any, kwargs: Any, _: Tensor) -> None:
             if seen.images:
-                found.append(_look(workspace, seen, args, grid))
+                given = signature(module.forward).bind(*args, **kwargs).arguments
+                found.append(_look(workspace, seen, given['h'], given['attractors'], grid))
 
         hooks = [
-            workspace.retrieval.register_forward_hook(partial(look, workspace, seen))
+            workspace.retrieval.register_forward_hook(partial(look, workspace, seen), with_kwargs=True)
             for workspace, seen in sums.items()
         ]
         try:
@@ -122,18 +126,20 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
 
 
 def _look(
-    workspace: GlobalWorkspace, seen: Sums, args: tuple[Tensor, ...], grid: tuple[int, int] | None
+    workspace: GlobalWorkspace, seen: Sums, h: Tensor, attractors: Tensor, grid: tuple[int, int] | None
 ) -> BlockInspection:
     """What a forward hook on the retrieval finds: its arguments, and what passed the layers before it."""
-    h, attractors = by_image(args[1]), args[2]
+    grid = _grid_of(h.shape, grid)
+    h = by_image(h)
     assert seen.last_slots is not None
     assert seen.last_shares is not None
     B, N, _ = h.shape
     tokens = h if workspace.has_copies() else h.flatten(0, 1)  # (B, N, E) or (T, E)
     keys, _ = workspace.keys_and_values(tokens)
-    selection = workspace.select(workspace.memory, tokens, keys)
+    with without_autocast(tokens):
+        selection = workspace.select(workspace.memory, tokens, keys)
+        loss = workspace.balance_weight * load_balance_loss(selection, tokens.shape[-2])
     entropy = torch.special.entr(selection.gates).sum(dim=-1).mean()
-    loss = workspace.balance_weight * load_balance_loss(selection, tokens.shape[-2])
     return BlockInspection(
         slots=seen.last_slots.reshape(-1, *workspace.memory.shape).cpu(),  # (M, D) or (B, M, D) -> (C, M, D)
         gates=_of_images(dense(selection.gates, selection.tokens, tokens.shape[-2]), B).cpu(),
@@ -142,7 +148,7 @@ def _look(
         steps=workspace.retrieval.steps,
         tokens_read=entropy.exp().item(),
         balance_loss=loss.item(),
-        grid=_grid_of(args[1].shape, grid),
+        grid=grid,
         report=seen.report(),
     )
 
