@@ -66,6 +66,7 @@ def read_memories(path: Path) -> Tensor:
     """
     weights = read_checkpoint(path).state_dict
     names = [key for key in weights if key.split('.')[-1] == 'memory']
+    # by number: a safetensors file has block 10 before block 2
     names.sort(key=lambda key: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', key)])
     memories = [weights[name] for name in names]
     if not memories:
