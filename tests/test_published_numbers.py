@@ -1,0 +1,518 @@
+"""What makes the published numbers: which images train and test, which settings reach the loop, what is compared."""
+
+import itertools
+import json
+import math
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import ablations
+import baselines
+import batch_sizes
+import loop
+import measure
+import memory
+import numpy as np
+import pytest
+import record
+import tables
+import timm
+import torch
+import torch.nn.functional as F
+import upcycle
+import variants
+from loop import Settings, augment, fit, load, sample_folder, weight_sum
+from PIL import Image
+from runs import count_parameters
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from timm_ait import GlobalWorkspace
+from timm_ait.datasets import AssociativeRecall, SortOfClevr, Triangle
+
+SIDE, N, CLASSES = 8, 20, 3
+PLAIN = Settings(lr=0.0, warmup_lr=0.0, weight_decay=0.0, batch_size=5, flip=False, shift=0)
+TOY = '--width 16 --depth 1 --batch-size 5 --threads 1'.split()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten classes of three training and two test images. A pixel says which one it is: split, class and number."""
+    for (split, first, count), label in itertools.product((('train', 0, 3), ('test', 200, 2)), range(10)):
+        (tmp_path / split / str(label)).mkdir(parents=True)
+        for i in range(count):
+            colour = (first, 20 * label, 50 * i)
+            Image.new('RGB', (32, 32), colour).save(tmp_path / split / str(label) / f'{i}.png')
+    return tmp_path
+
+
+def numbers(images: Tensor) -> list[list[int]]:
+    """What the first pixel of each image says."""
+    return images[:, :, 0, 0].tolist()
+
+
+def floats(count: int = N) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)), torch.arange(count) % CLASSES
+
+
+def make_linear() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, CLASSES))
+
+
+# The loop
+
+
+def test_of_every_class_the_images_from_the_first_one_on_are_read(folder: Path) -> None:
+    images, labels = load(folder / 'train', 1, 2)
+    assert labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert numbers(images) == [[0, 20 * label, 50 * i] for label in range(10) for i in (1, 2)]
+
+
+def test_a_sample_is_spread_over_all_classes(folder: Path) -> None:
+    sample = sample_folder(folder / 'train', timm.create_model('test_ait'), 10)
+    assert len({label for _, label in sample}) >= 9
+
+
+def test_gradients_are_cut_to_a_length_of_one_and_those_of_older_steps_are_gone() -> None:
+    images, labels = floats()
+    norms: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        gradients = [p.grad.norm() for group in optimizer.param_groups for p in group['params']]
+        norms.append(torch.stack(gradients).norm().item())
+
+    for scale in (100.0, 0.01):
+        handle = register_optimizer_step_pre_hook(note)
+        try:
+            fit(make_linear(), (scale * images, labels), replace(PLAIN, batch_size=N, steps=3))
+        finally:
+            handle.remove()
+    assert norms[:3] == pytest.approx([1.0] * 3, abs=1e-4)
+    assert norms[3] < 0.5
+    assert norms[3:] == pytest.approx([norms[3]] * 3, rel=1e-4)
+
+
+def test_a_model_that_was_evaluated_is_trained_in_training_mode() -> None:
+    model, modes = make_linear().eval(), set()
+    model[1].register_forward_hook(lambda module, args, out: modes.add(module.training))
+    fit(model, floats(), PLAIN)
+    assert modes == {True}
+
+
+@pytest.mark.parametrize('what', ['nothing', 'flip', 'shift', 'turn'])
+def test_training_sees_the_images_as_the_settings_change_them(what: str) -> None:
+    images, labels = floats()
+    model, seen = make_linear(), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    change = dict(nothing={}, flip=dict(flip=True), shift=dict(shift=2), turn=dict(turn=True))[what]
+    fit(model, (images, labels), replace(PLAIN, epochs=3, **change))
+    padded = F.pad(images, (2, 2, 2, 2), mode='reflect')
+    allowed = {
+        'nothing': [images],
+        'flip': [images, images.flip(-1)],
+        'shift': [padded[..., y : y + SIDE, x : x + SIDE] for y, x in itertools.product(range(5), repeat=2)],
+        'turn': [images.rot90(quarters, dims=(-2, -1)) for quarters in range(4)],
+    }[what]
+    which = torch.stack([(torch.cat(seen)[:, None] == one).flatten(2).all(-1).any(-1) for one in allowed])
+    assert which.any(0).all()
+    assert which.any(1).sum() > len(allowed) // 2  # more than half of all changes occur
+
+
+def test_an_image_is_moved_as_far_as_the_limit_in_each_direction() -> None:
+    x = torch.arange(SIDE * SIDE).view(1, 1, SIDE, SIDE).expand(1000, 1, -1, -1)
+    torch.manual_seed(0)
+    middle = augment(x, flip=False, shift=2)[:, 0, 4, 4]
+    assert middle.unique().tolist() == [SIDE * (4 + dy) + 4 + dx for dy in range(-2, 3) for dx in range(-2, 3)]
+
+
+# The runners of the tables
+
+
+class Spies:
+    """In the place of training and test: what they were given, and the first weights of each model."""
+
+    def __init__(self, script: Any, patch: pytest.MonkeyPatch) -> None:
+        self.trained: list[tuple[Any, Settings]] = []
+        self.tested: list[Any] = []
+        self.weights: list[float] = []
+        patch.setattr(script, 'fit', self.fit)
+        patch.setattr(script, 'evaluate', self.evaluate)
+
+    def fit(self, model: nn.Module, data: Any, settings: Settings, *args: Any, **kwargs: Any) -> Any:
+        self.trained.append((data, settings))
+        self.weights.append(weight_sum(model))
+        return Mock(record=dict)
+
+    def evaluate(self, model: nn.Module, data: Any, settings: Settings, **kwargs: Any) -> float:
+        self.tested.append(data)
+        return 50.0
+
+
+def run_table(words: list[str], out: Path, patch: pytest.MonkeyPatch) -> Spies:
+    spies = Spies(tables, patch)
+    tables.main([*words, *TOY, '--rows', 'ait', '--seeds', '5', '6', '--out', str(out)])
+    return spies
+
+
+def test_a_row_is_trained_on_training_images_with_its_own_settings_and_seed_and_tested_on_test_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = '--train 30 --test 20 --opt muon --lr 0.25 --weight-decay 0.125 --epochs 7 --bfloat16'.split()
+    spies = run_table(['cifar10', str(folder), *words], tmp_path / 'out', monkeypatch)
+    wanted = Settings(0.25, 7, None, 5, 'muon', 0.125, flip=True, shift=4, turn=False, bfloat16=True)
+    assert [settings for _, settings in spies.trained] == [replace(wanted, seed=seed) for seed in (5, 6)]
+    assert {len(data[1]) for data, _ in spies.trained} == {30}
+    assert {red for data, _ in spies.trained for red, *_ in numbers(data[0])} == {0}
+    assert {red for data in spies.tested for red, *_ in numbers(data[0])} == {200}
+    assert spies.weights[0] != spies.weights[1]
+
+
+@pytest.mark.parametrize('words', [['binary'], ['binary', '--turn'], ['nonrelational'], ['all']], ids=' '.join)
+def test_scenes_are_those_of_their_split_and_questions_and_are_turned_on_demand_alone(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ['--train', '2', '--test', '3']
+    spies = run_table(['sort_of_clevr', '--questions', *words, *sizes], tmp_path, monkeypatch)
+    (trained, settings), tested = spies.trained[0], spies.tested[0]
+    assert (settings.flip, settings.turn, settings.shift) == ('--turn' in words, '--turn' in words, 0)
+    kinds = ('nonrelational', 'binary', 'ternary') if words == ['all'] else words[:1]
+    all_wanted = SortOfClevr('train', 2, kinds=kinds), SortOfClevr('test', 3, kinds=kinds)
+    for scenes, wanted in zip((trained, tested), all_wanted, strict=True):
+        assert torch.equal(scenes.images, wanted.images)
+        assert torch.equal(scenes.questions, wanted.questions)
+
+
+@pytest.mark.parametrize('table', ['triangle', 'triangle_small_patches', 'recall'])
+def test_drawn_images_are_those_of_their_split(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_recall = '--grid 6 --pairs 9 --joined'.split() if table == 'recall' else []
+    spies = run_table([table, *of_recall, '--train', '7', '--test', '6'], tmp_path, monkeypatch)
+    (trained, settings), tested = spies.trained[0], spies.tested[0]
+    assert (settings.flip, settings.turn, settings.shift) == (False, False, 0)
+    assert (trained.split, len(trained), tested.split, len(tested)) == ('train', 7, 'test', 6)
+    if isinstance(trained, AssociativeRecall):
+        shown = {(one.grid, one.num_pairs, one.num_keys, one.joined) for one in (trained, tested)}
+        assert shown == {(6, 9, 32, True)}
+
+
+def make_row(row: str, *words: str) -> Any:
+    args = tables.complete(tables.make_parser().parse_args([*words, '--rows', row]), [])
+    with torch.device('meta'):
+        return tables.create(row, args)
+
+
+def test_the_sizes_head_and_positions_of_the_command_line_reach_the_model() -> None:
+    words = ['recall', '--width', '16', '--depth', '3', '--mlp-ratio', '3', '--head', 'flatten', '--no-pos-embed']
+    ait, vit = make_row('ait', *words), make_row('vit_small', *words)
+    assert (len(ait.blocks), ait.global_pool, ait.pos_embed) == (3, 'flatten', None)
+    assert (len(vit.mixer.blocks), vit.head.is_mean, vit.stem.pos_embed) == (3, False, None)
+    assert ait.blocks[0].mlp.fc1.out_features == vit.mixer.blocks[0].mlp.fc1.out_features == 48
+    ait, vit = make_row('ait', *words[:5]), make_row('vit_small', *words[:5])
+    assert (ait.global_pool, vit.head.is_mean) == ('avg', True)
+    assert ait.pos_embed is not None
+    assert vit.stem.pos_embed is not None
+
+
+def test_a_slot_of_coordination_reads_twenty_tokens_and_five_of_a_scene() -> None:
+    for row in ('coordination', 'coordination_h'):
+        top_k = [make_row(row, table).mixer.blocks[0].write.top_k for table in ('cifar10', 'sort_of_clevr')]
+        assert top_k == [20, 5]
+
+
+def test_the_models_of_the_published_results_start_as_they_did() -> None:
+    results = Path(tables.__file__).parent / 'results'
+    found = {}
+    for path in sorted((results / 'tables').glob('*.json')):
+        one = json.loads(path.read_text())
+        found[one['row'], path.stem.rsplit('-', 1)[1]] = one  # one seed of each
+    for one in found.values():
+        words = shlex.split(one['command'])[2:]
+        args = tables.complete(tables.make_parser().parse_args(words), words)
+        torch.manual_seed(one['seed'])
+        model = tables.create(one['row'], args)
+        assert count_parameters(model) == one['parameters'], one['command']
+        if 'first_weights' in one:
+            assert weight_sum(model) == pytest.approx(one['first_weights'], rel=1e-4), one['command']
+    for path in sorted((results / 'memory').glob('*-1.json')):
+        one = json.loads(path.read_text())
+        sizes = (one['arguments'][name] for name in ('attention', 'width', 'depth'))
+        assert count_parameters(memory.create(one['variant'], *sizes)) == one['parameters'], path
+
+
+def test_an_ait_starts_from_weights_as_large_as_those_of_the_models_beside_it() -> None:
+    sizes: dict[str, Any] = dict(embed_dim=128, num_heads=2, depth=1)
+    ait, vit = ablations.create('ait', **sizes).blocks[0], baselines.create('vit_small', **sizes).mixer.blocks[0]
+    for name in ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'):
+        ours, theirs = (block.get_submodule(name).weight.std().item() for block in (ait, vit))
+        assert ours == pytest.approx(theirs, rel=0.05), name
+
+
+# What the variants are
+
+
+def workspace_of(variant: str) -> GlobalWorkspace:
+    layer = memory.create(variant, attention=False, width=32, depth=1).blocks[0].mlp
+    assert isinstance(layer, GlobalWorkspace)
+    return layer
+
+
+def test_the_variants_of_the_memory_are_what_their_names_say() -> None:
+    found = {}
+    for name in memory.VARIANTS:
+        layer = workspace_of(name)
+        gain = None if layer.scale is None else round(layer.scale.mean().item(), 3)
+        own = isinstance(layer, variants.WholeCopy)
+        is_trained = layer.value.weight.requires_grad  # the task trains the write
+        found[name] = (layer.write_rule, layer.write_scope, layer.memory_decay, gain, is_trained, own)
+    wide = round(math.sqrt(32), 3)
+    never, image = ('distinct', 'batch', 0.9), ('distinct', 'image', 0.5)
+    for name in ('none', 'wider_mlp', 'registers'):
+        assert isinstance(workspace_of(name), variants.NoMemory)
+        del found[name]
+    assert found == {
+        'frozen': (*never, 1, False, False),
+        'frozen_wide': (*never, wide, False, False),
+        'published': ('published', 'batch', 0.9, None, True, False),
+        'published_detached': ('published', 'batch', 0.9, None, False, False),
+        'distinct': ('distinct', 'batch', 0.9, 1, True, False),
+        'distinct_wide': ('distinct', 'batch', 0.9, wide, True, False),
+        'image': (*image, 1, True, False),
+        'image_whole': (*image, 1, True, True),
+        'image_wide': (*image, wide, True, False),
+        'additive': ('additive', 'image', 0.9, 1, True, False),
+        'image_wide_detached': (*image, wide, False, False),
+    }
+    assert memory.create('registers', False, 32, 1).reg_token.shape[1] == 32
+    assert {(workspace_of(name).num_slots, workspace_of(name).bottleneck) for name in memory.VARIANTS} == {(32, 512)}
+
+
+def test_the_memory_of_each_image_among_the_ablations_forgets_half() -> None:
+    for name in ('ait_image', 'ait_image_logits', 'ait_no_attention_image'):
+        layer = ablations.create(name, embed_dim=32, num_heads=1, depth=1).blocks[0].mlp
+        assert (layer.write_rule, layer.write_scope, layer.memory_decay) == ('distinct', 'image', 0.5)
+
+
+def test_a_whole_copy_is_the_mean_of_old_and_new_slots_by_the_decay() -> None:
+    torch.manual_seed(0)
+    layer = variants.WholeCopy(8, num_slots=4, slot_dim=6, write_heads=2, **variants.IMAGE)
+    heads = torch.randn(3, 2, 4, 6)
+    update = layer.write_norm(layer.proj(torch.cat([heads[:, 0], heads[:, 1]], dim=-1)) + layer.memory)
+    expected = 0.5 * layer.memory + 0.5 * update / update.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(layer.update(layer.memory, heads), expected / expected.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ('name', 'is_low_rank', 'is_hopfield'),
+    [('', False, False), ('_d', True, False), ('_h', False, True), ('_dh', True, True)],
+)
+def test_the_variants_of_coordination_add_what_their_letters_say(
+    name: str, is_low_rank: bool, is_hopfield: bool
+) -> None:
+    (block, *_) = baselines.create(f'coordination{name}').mixer.blocks
+    assert hasattr(block.read, 'linear_transform') == is_hopfield
+    assert (block.memory is not None) == (block.balance_weight == 0.01) == is_low_rank
+    assert (block.write.top_k, block.write.q.in_features) == ((512, 32) if is_low_rank else (20, 256))
+
+
+# The experiment on the memory
+
+
+def test_a_variant_is_trained_with_its_own_settings_and_seed_and_tested_on_test_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spies, reported = Spies(memory, monkeypatch), []
+    monkeypatch.setattr(memory, 'memory_report', lambda model, images: reported.append(images) or [])
+    words = '--variants published --images 3 --test-images 2 --epochs 7 --lr 0.25 --seeds 5 6'.split()
+    memory.main([str(folder), *TOY, *words, '--out', str(tmp_path / 'out')])
+    wanted = Settings(0.25, 7, batch_size=5)
+    assert [settings for _, settings in spies.trained] == [replace(wanted, seed=seed) for seed in (5, 6)]
+    assert {red for data, _ in spies.trained for red, *_ in numbers(data[0])} == {0}
+    assert {red for data in spies.tested for red, *_ in numbers(data[0])} == {200}
+    assert spies.weights[0] != spies.weights[1]
+    torch.testing.assert_close(reported[0], loop.normalize(spies.tested[0][0], wanted))
+
+
+def test_the_pictures_show_accuracies_and_what_they_are_above_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[dict[str, list[float]]] = []
+    for script in (memory, tables):
+        monkeypatch.setattr(script, 'draw_rows', lambda axes, rows: drawn.append(rows))
+    rows = {'none': {1: {'top1': 50.0}, 2: {'top1': 60.0}}, 'image': {1: {'top1': 51.0}, 2: {'top1': 63.0}}}
+    memory.draw({'a setting': rows}, tmp_path / 'memory.png')
+    tables.draw(rows, 'a heading', tmp_path / 'table.png')
+    assert drawn == [{'image': [1.0, 3.0]}, {'none': [50.0, 60.0], 'image': [51.0, 63.0]}]
+
+
+# Batch sizes
+
+
+def test_the_accuracies_at_batch_sizes_are_of_test_images_from_the_seed_and_the_pixels_of_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, Settings]] = []
+
+    def note(model: nn.Module, data: Any, settings: Settings) -> dict[str, Any]:
+        seen.append((data, settings))
+        return {'1': dict(top1=50.0, difference=0.0)}
+
+    monkeypatch.setattr(batch_sizes, 'measure', note)
+    words = ['cifar10', str(folder), '--test', '20', '--out']
+    batch_sizes.main([*words, str(tmp_path / 'a'), '--weights', 'ait_tiny_conv4_32'])
+    pixels = timm.data.resolve_model_data_config(timm.create_model('ait_tiny_conv4_32'))
+    (data, settings), *_ = seen
+    assert (settings.mean, settings.std) == (pixels['mean'], pixels['std'])
+    assert {red for red, *_ in numbers(data[0])} == {200}
+    spies = Spies(tables, monkeypatch)
+    batch_sizes.main([*words, str(tmp_path / 'b'), *TOY, '--train', '30', '--seeds', '6'])
+    assert [settings.seed for _, settings in spies.trained] == [6]
+
+
+def test_every_batch_size_starts_from_the_same_memory_and_the_largest_difference_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer('calls', torch.zeros(()))
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1  # as the authors' memory moves in evaluation
+            return torch.stack([x.flatten(1)[:, 0], self.calls.expand(len(x))], dim=1)
+
+    monkeypatch.setattr(batch_sizes, 'BATCH_SIZES', (1, 2, 4))
+    found = batch_sizes.measure(Counting(), (torch.zeros(4, 3, 2, 2), torch.zeros(4).long()), Settings(lr=0.0))
+    # the batches count 1 2 3 4, 1 1 2 2, and 1 1 1 1
+    assert {size: one['difference'] for size, one in found.items()} == {'1': 0.0, '2': 2.0, '4': 3.0}
+
+
+# A ViT that becomes an AiT
+
+
+def test_all_starts_are_fine_tuned_on_other_images_with_the_seed_of_each_and_tested_on_test_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spies, heads = Spies(upcycle, monkeypatch), []
+    monkeypatch.setattr(upcycle, 'SHAPE', dict(upcycle.SHAPE, embed_dim=16, depth=1))
+    monkeypatch.setattr(upcycle, 'checkpoint_of', lambda *args: Mock())
+    create = timm.create_model
+
+    def note(name: str, **kwargs: Any) -> nn.Module:
+        model = create(name, **kwargs)
+        layer = model.blocks[0].mlp
+        heads.append((layer.write_rule, layer.write_scope, layer.memory_decay) if 'ait' in name else None)
+        return model
+
+    monkeypatch.setattr(upcycle.timm, 'create_model', note)
+    sizes = '--pretrain-images 2 --finetune-images 1 --test-images 2 --epochs 5 3 --batch-size 5 --seeds 2'.split()
+    upcycle.main([str(folder), *sizes, '--threads', '1', '--out', str(tmp_path / 'out')])
+    (first, pretrain), *others = spies.trained
+    assert {number for _, _, number in numbers(first[0])} == {0, 50}
+    assert {number for data, _ in others for _, _, number in numbers(data[0])} == {100}
+    assert {red for data in spies.tested for red, *_ in numbers(data[0])} == {200}
+    assert (pretrain.lr, pretrain.epochs) == (1e-3, 5)
+    wanted = Settings(3e-4, 3, batch_size=5, warmup_lr=3e-4 / 100)
+    assert [settings for _, settings in others] == [replace(wanted, seed=seed) for seed in (1, 2) for _ in range(4)]
+    starts = [None, ('published', 'batch', 0.9), ('distinct', 'batch', 0.9), ('distinct', 'image', 0.5)]
+    assert heads == [None, *starts, *starts]
+    assert spies.weights[2] != spies.weights[6]  # the same AiT with another memory
+
+
+# Measuring
+
+
+def make_sides(steps: list[str], seconds: tuple[float, float], patch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Sides of three and of six items, whose steps take so many seconds of a clock of their own."""
+    now = [0.0]
+    patch.setattr(measure, 'timer', lambda: now[0])
+    square = torch.randn(3, 3)
+
+    def make(name: str, cost: float, items: int) -> measure.Side:
+        def step() -> None:
+            steps.append(name)
+            now[0] += cost
+            square @ square
+
+        return measure.Side(nn.Linear(1, 1), step, items)
+
+    return (lambda: make('a', seconds[0], 3)), (lambda: make('b', seconds[1], 6))
+
+
+def test_time_work_and_memory_are_those_of_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    sides = make_sides(steps, (1.5, 6.0), monkeypatch)
+    row = measure.time_sides('squares', sides, rounds=2, seconds=12.0, threads=1)
+    assert ''.join(steps[-10:]) in 'aaaaaaaabb' * 2
+    assert (row.ours, row.theirs) == ([0.5, 0.5], [1.0, 1.0])
+    assert (row.flops, row.moved) == ([54 / 3, 54 / 6], [108 / 3, 108 / 6])
+    assert (row.ratio, row.per_second) == (0.5, [2.0, 1.0])
+    assert measure.table([row]).endswith('| 2 /s, 0.00 MFLOP | 1 /s, 0.00 MFLOP |')
+    monkeypatch.setattr(measure, 'peak_bytes', lambda side: 12)
+    row = measure.compare_bytes('bytes', sides)
+    assert (row.ours, row.theirs) == ([4.0], [2.0])
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_times_are_those_of_compiled_sides_where_they_are_asked_for(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = Mock()
+    monkeypatch.setattr(nn.Module, 'compile', compile_)
+    sides = make_sides([], (1.0, 1.0), monkeypatch)
+    measure.time_sides('squares', sides, rounds=1, seconds=1.0, threads=1, compiled=compiled)
+    assert compile_.call_count == 2 * compiled
+
+
+# Drawn images and the commit
+
+
+def test_a_cluster_has_eight_points_and_corners_of_class_1_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    centres: list[list[tuple[float, float]]] = []
+
+    class Pen:
+        def __init__(self, image: Image.Image) -> None:
+            centres.append([])
+
+        def ellipse(self, box: tuple[float, ...], fill: int) -> None:
+            centres[-1].append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+
+    monkeypatch.setattr('timm_ait.datasets.ImageDraw.Draw', Pen)
+    triangles = Triangle('train', 400)
+    for index in range(400):
+        triangles.draw(index)
+    assert {len(points) for points in centres} == {3 * 8}
+    corners = np.array(centres[1::2]).reshape(-1, 3, 8, 2).mean(axis=2)
+    assert np.histogram(corners, bins=4, range=(0, 64))[0] / corners.size == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_all_values_of_recall_are_equally_frequent() -> None:
+    counts = np.zeros(10)
+    dataset = AssociativeRecall('train', 60, grid=8)
+    for index in range(60):
+        green = np.asarray(dataset.draw(index)[0]).reshape(8, 4, 8, 4, 3)[..., 1].swapaxes(1, 2).reshape(64, 16) > 0
+        codes = green @ (1 << np.arange(16))
+        values = codes[codes > 0] * pow(40503, -1, 2**16) % 2**16 - 1
+        counts += np.bincount(values, minlength=10)
+    assert counts / counts.sum() == pytest.approx([0.1] * 10, abs=0.025)
+
+
+def test_a_commit_says_whether_the_code_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        who = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+        subprocess.run(['git', *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(record, '__file__', str(tmp_path / 'record.py'))
+    (tmp_path / 'record.py').write_text('a = 1\n')
+    git('init')
+    git('add', '.')
+    git('commit', '-m', 'first')
+    assert not (record.commit() or '-dirty').endswith('-dirty')
+    (tmp_path / 'record.py').write_text('a = 2\n')
+    assert (record.commit() or '').endswith('-dirty')
+    assert str(record.environment()['commit']).endswith('-dirty')
+    assert loop.commit is record.commit
