@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from .hopfield import HopfieldRetrieval, hopfield_energy
 from .layers import without_autocast
-from .report import BlockReport, Sums, by_image, check_all_read, watch
+from .report import BlockReport, Sums, by_image, by_name, check_all_read, watch
 from .selection import dense, load_balance_loss
 from .workspace import GlobalWorkspace
 
@@ -109,7 +108,7 @@ def inspect(model: nn.Module, images: Tensor, *inputs: Tensor) -> list[BlockInsp
 
         def look(workspace: GlobalWorkspace, seen: Sums, module: nn.Module, args: Any, kwargs: Any, _: Tensor) -> None:
             if seen.images:
-                given = signature(module.forward).bind(*args, **kwargs).arguments
+                given = by_name(module, args, kwargs)
                 found.append(_look(workspace, seen, given['h'], given['attractors'], grid))
 
         hooks = [

@@ -75,7 +75,7 @@ class Sums:
 
     def see_retrieval(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """Hook on the retrieval."""
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        given = by_name(module, args, kwargs)
         is_known = given.keys() >= {'h', 'attractors'}
         if self.last_slots is None or self.last_shares is None or not is_known:  # a class that reads in another way
             return
@@ -149,6 +149,11 @@ def number_blocks(names: Iterable[str]) -> list[int]:
     numbers = [int(number) for one in found for number in one]
     is_told = all(len(one) == 1 for one in found) and len(set(numbers)) == len(found)
     return numbers if is_told else list(range(len(found)))
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a hook on ``module`` is given, by the names of its parameters."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments
 
 
 def by_image(h: Tensor) -> Tensor:
