@@ -183,6 +183,20 @@ def test_the_frozen_memory_is_orthogonal_and_only_its_linear_transform_is_traine
     assert not any(p.requires_grad for p in (layer.query.weight, layer.proj.weight, layer.write_norm.weight))
 
 
+def test_the_memory_of_each_image_among_the_ablations_forgets_half() -> None:
+    for name in ('ait_image', 'ait_image_logits', 'ait_no_attention_image'):
+        layer = ablations.create(name, embed_dim=32, num_heads=1, depth=1).blocks[0].mlp
+        assert (layer.write_rule, layer.write_scope, layer.memory_decay) == ('distinct', 'image', 0.5)
+
+
+def test_an_ait_starts_from_weights_as_large_as_those_of_the_models_beside_it() -> None:
+    sizes: dict[str, Any] = dict(embed_dim=128, num_heads=2, depth=1)
+    ait, vit = ablations.create('ait', **sizes).blocks[0], baselines.create('vit_small', **sizes).mixer.blocks[0]
+    for name in ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'):
+        ours, theirs = (block.get_submodule(name).weight.std().item() for block in (ait, vit))
+        assert ours == pytest.approx(theirs, rel=0.05), name
+
+
 def test_registers_are_tokens_that_all_others_attend_to_and_the_head_does_not_read() -> None:
     model = tiny(ablations.REGISTERS).eval()
     assert model.mixer.registers.shape == (7, E)

@@ -143,6 +143,19 @@ def test_hopfield_coordination_reads_attractors() -> None:
     torch.testing.assert_close(mixer(x)[0], x1 + feed_forward(block.mlp, block.norm2(x1)))
 
 
+@pytest.mark.parametrize(
+    ('name', 'is_low_rank', 'is_hopfield'),
+    [('', False, False), ('_d', True, False), ('_h', False, True), ('_dh', True, True)],
+)
+def test_the_variants_of_coordination_add_what_their_letters_say(
+    name: str, is_low_rank: bool, is_hopfield: bool
+) -> None:
+    (block, *_) = baselines.create(f'coordination{name}').mixer.blocks
+    assert hasattr(block.read, 'linear_transform') == is_hopfield
+    assert (block.memory is not None) == (block.balance_weight == 0.01) == is_low_rank
+    assert (block.write.top_k, block.write.q.in_features) == ((512, 32) if is_low_rank else (20, 256))
+
+
 @pytest.mark.parametrize('across_batch', [False, True])
 def test_the_balance_loss_is_that_of_the_paper_and_reaches_the_gradient_through_the_logits(across_batch: bool) -> None:
     options = dict(slot_dim=11, num_slots=5, top_k=3, across_batch=across_batch, depth=1)

@@ -472,3 +472,33 @@ def test_the_command_for_train_py_bears_a_folder_with_a_space(
     datasets.main(['triangle', str(folder), '--train', '2', '--validation', '0', '--test', '0'])
     words = shlex.split(capsys.readouterr().out)
     assert words[words.index('--data-dir') + 1] == str(folder)
+
+
+def test_a_cluster_has_eight_points_and_corners_of_class_1_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    centres: list[list[tuple[float, float]]] = []
+
+    class Pen:
+        def __init__(self, image: Image.Image) -> None:
+            centres.append([])
+
+        def ellipse(self, box: tuple[float, ...], fill: int) -> None:
+            centres[-1].append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+
+    monkeypatch.setattr('timm_ait.datasets.ImageDraw.Draw', Pen)
+    triangles = Triangle('train', 400)
+    for index in range(400):
+        triangles.draw(index)
+    assert {len(points) for points in centres} == {3 * 8}
+    corners = np.array(centres[1::2]).reshape(-1, 3, 8, 2).mean(axis=2)
+    assert np.histogram(corners, bins=4, range=(0, 64))[0] / corners.size == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_all_values_of_recall_are_equally_frequent() -> None:
+    counts = np.zeros(10)
+    dataset = AssociativeRecall('train', 60, grid=8)
+    for index in range(60):
+        green = np.asarray(dataset.draw(index)[0]).reshape(8, 4, 8, 4, 3)[..., 1].swapaxes(1, 2).reshape(64, 16) > 0
+        codes = green @ (1 << np.arange(16))
+        values = codes[codes > 0] * pow(40503, -1, 2**16) % 2**16 - 1
+        counts += np.bincount(values, minlength=10)
+    assert counts / counts.sum() == pytest.approx([0.1] * 10, abs=0.025)

@@ -1,6 +1,7 @@
 """The training loop of the experiments."""
 
 import errno
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from record import write_whole
 from runs import run_each
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import Dataset
 
 N, CLASSES, SIDE, BATCH = 23, 3, 8, 5
@@ -312,6 +314,32 @@ def test_weights_decay_and_biases_do_not() -> None:
     assert decayed.weight.norm() < 0.99 * plain.weight.norm()
 
 
+def test_gradients_are_cut_to_a_length_of_one_and_those_of_older_steps_are_gone() -> None:
+    pixels, labels = images()
+    norms: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        gradients = [p.grad.norm() for group in optimizer.param_groups for p in group['params']]
+        norms.append(torch.stack(gradients).norm().item())
+
+    for scale in (100.0, 0.01):
+        handle = register_optimizer_step_pre_hook(note)
+        try:
+            fit(make_linear(), (scale * normalize(pixels, PLAIN), labels), replace(PLAIN, batch_size=N, steps=3))
+        finally:
+            handle.remove()
+    assert norms[:3] == pytest.approx([1.0] * 3, abs=1e-4)
+    assert norms[3] < 0.5
+    assert norms[3:] == pytest.approx([norms[3]] * 3, rel=1e-4)
+
+
+def test_a_model_that_was_evaluated_is_trained_in_training_mode() -> None:
+    model, modes = make_linear().eval(), set()
+    model[1].register_forward_hook(lambda module, args, out: modes.add(module.training))
+    fit(model, images(), PLAIN)
+    assert modes == {True}
+
+
 def test_the_learning_rate_grows_then_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     train = loop.Run.train
@@ -373,6 +401,25 @@ def test_pixels_are_normalized_and_floats_are_not() -> None:
     assert normalize(expected, settings) is expected
 
 
+@pytest.mark.parametrize('what', ['nothing', 'flip', 'shift', 'turn'])
+def test_training_sees_the_images_as_the_settings_change_them(what: str) -> None:
+    pixels, labels = normalize(images()[0], PLAIN), images()[1]
+    model, seen = make_linear(), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    change = dict(nothing={}, flip=dict(flip=True), shift=dict(shift=2), turn=dict(turn=True))[what]
+    fit(model, (pixels, labels), replace(PLAIN, epochs=3, **change))
+    padded = F.pad(pixels, (2, 2, 2, 2), mode='reflect')
+    allowed = {
+        'nothing': [pixels],
+        'flip': [pixels, pixels.flip(-1)],
+        'shift': [padded[..., y : y + SIDE, x : x + SIDE] for y, x in itertools.product(range(5), repeat=2)],
+        'turn': [pixels.rot90(quarters, dims=(-2, -1)) for quarters in range(4)],
+    }[what]
+    which = torch.stack([(torch.cat(seen)[:, None] == one).flatten(2).all(-1).any(-1) for one in allowed])
+    assert which.any(0).all()
+    assert which.any(1).sum() > len(allowed) // 2  # more than half of all changes occur
+
+
 def test_an_image_is_moved_with_its_edge_reflected() -> None:
     x = images()[0]
     padded = F.pad(x.float(), (2, 2, 2, 2), mode='reflect').to(torch.uint8)
@@ -382,6 +429,13 @@ def test_an_image_is_moved_with_its_edge_reflected() -> None:
     matches = (augment(x, flip=False, shift=2)[:, None] == crops).flatten(2).all(-1)  # (N, 25)
     assert matches.sum(-1).tolist() == [1] * N
     assert matches.any(0).sum() > 7  # each image has its own move
+
+
+def test_an_image_is_moved_as_far_as_the_limit_in_each_direction() -> None:
+    x = torch.arange(SIDE * SIDE).view(1, 1, SIDE, SIDE).expand(1000, 1, -1, -1)
+    torch.manual_seed(0)
+    middle = augment(x, flip=False, shift=2)[:, 0, 4, 4]
+    assert middle.unique().tolist() == [SIDE * (4 + dy) + 4 + dx for dy in range(-2, 3) for dx in range(-2, 3)]
 
 
 def test_half_of_the_images_are_mirrored() -> None:

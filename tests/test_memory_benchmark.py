@@ -99,6 +99,51 @@ def test_a_whole_copy_keeps_what_all_slots_read_alike_and_the_memory_that_starts
     torch.testing.assert_close(layers[0].memory @ layers[0].memory.t(), torch.eye(4), atol=0.05, rtol=0)
 
 
+def workspace_of(variant: str) -> GlobalWorkspace:
+    layer = memory.create(variant, attention=False, width=32, depth=1).blocks[0].mlp
+    assert isinstance(layer, GlobalWorkspace)
+    return layer
+
+
+def test_the_variants_of_the_memory_are_what_their_names_say() -> None:
+    found = {}
+    for name in memory.VARIANTS:
+        layer = workspace_of(name)
+        gain = None if layer.scale is None else round(layer.scale.mean().item(), 3)
+        own = isinstance(layer, variants.WholeCopy)
+        is_trained = layer.value.weight.requires_grad  # the task trains the write
+        found[name] = (layer.write_rule, layer.write_scope, layer.memory_decay, gain, is_trained, own)
+    wide = round(math.sqrt(32), 3)
+    never, image = ('distinct', 'batch', 0.9), ('distinct', 'image', 0.5)
+    for name in ('none', 'wider_mlp', 'registers'):
+        assert isinstance(workspace_of(name), variants.NoMemory)
+        del found[name]
+    assert found == {
+        'frozen': (*never, 1, False, False),
+        'frozen_wide': (*never, wide, False, False),
+        'published': ('published', 'batch', 0.9, None, True, False),
+        'published_detached': ('published', 'batch', 0.9, None, False, False),
+        'distinct': ('distinct', 'batch', 0.9, 1, True, False),
+        'distinct_wide': ('distinct', 'batch', 0.9, wide, True, False),
+        'image': (*image, 1, True, False),
+        'image_whole': (*image, 1, True, True),
+        'image_wide': (*image, wide, True, False),
+        'additive': ('additive', 'image', 0.9, 1, True, False),
+        'image_wide_detached': (*image, wide, False, False),
+    }
+    assert memory.create('registers', False, 32, 1).reg_token.shape[1] == 32
+    assert {(workspace_of(name).num_slots, workspace_of(name).bottleneck) for name in memory.VARIANTS} == {(32, 512)}
+
+
+def test_a_whole_copy_is_the_mean_of_old_and_new_slots_by_the_decay() -> None:
+    torch.manual_seed(0)
+    layer = variants.WholeCopy(8, num_slots=4, slot_dim=6, write_heads=2, **variants.IMAGE)
+    heads = torch.randn(3, 2, 4, 6)
+    update = layer.write_norm(layer.proj(torch.cat([heads[:, 0], heads[:, 1]], dim=-1)) + layer.memory)
+    expected = 0.5 * layer.memory + 0.5 * update / update.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(layer.update(layer.memory, heads), expected / expected.norm(dim=-1, keepdim=True))
+
+
 def test_the_wider_mlp_has_as_many_trained_parameters_as_the_memory_that_pays() -> None:
     for attention, depth in ((False, 2), (False, 4), (True, 2)):
         wide, additive = (memory.create(name, attention, 128, depth) for name in ('wider_mlp', 'additive'))

@@ -1,41 +1,28 @@
-"""What makes the published numbers: which images train and test, which settings reach the loop, what is compared."""
+"""What makes the published numbers: which images train and test, and which settings and seeds reach the training."""
 
 import itertools
 import json
-import math
 import shlex
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import ablations
-import baselines
 import batch_sizes
 import loop
-import measure
 import memory
-import numpy as np
 import pytest
-import record
 import tables
 import timm
 import torch
-import torch.nn.functional as F
 import upcycle
-import variants
-from loop import Settings, augment, fit, load, sample_folder, weight_sum
+from loop import Settings, load, sample_folder, weight_sum
 from PIL import Image
 from runs import count_parameters
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from timm_ait import GlobalWorkspace
-from timm_ait.datasets import AssociativeRecall, SortOfClevr, Triangle
+from timm_ait.datasets import AssociativeRecall, SortOfClevr
 
-SIDE, N, CLASSES = 8, 20, 3
-PLAIN = Settings(lr=0.0, warmup_lr=0.0, weight_decay=0.0, batch_size=5, flip=False, shift=0)
 TOY = '--width 16 --depth 1 --batch-size 5 --threads 1'.split()
 
 
@@ -55,18 +42,6 @@ def numbers(images: Tensor) -> list[list[int]]:
     return images[:, :, 0, 0].tolist()
 
 
-def floats(count: int = N) -> tuple[Tensor, Tensor]:
-    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)), torch.arange(count) % CLASSES
-
-
-def make_linear() -> nn.Module:
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, CLASSES))
-
-
-# The loop
-
-
 def test_of_every_class_the_images_from_the_first_one_on_are_read(folder: Path) -> None:
     images, labels = load(folder / 'train', 1, 2)
     assert labels.tolist() == [label for label in range(10) for _ in range(2)]
@@ -76,58 +51,6 @@ def test_of_every_class_the_images_from_the_first_one_on_are_read(folder: Path) 
 def test_a_sample_is_spread_over_all_classes(folder: Path) -> None:
     sample = sample_folder(folder / 'train', timm.create_model('test_ait'), 10)
     assert len({label for _, label in sample}) >= 9
-
-
-def test_gradients_are_cut_to_a_length_of_one_and_those_of_older_steps_are_gone() -> None:
-    images, labels = floats()
-    norms: list[float] = []
-
-    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        gradients = [p.grad.norm() for group in optimizer.param_groups for p in group['params']]
-        norms.append(torch.stack(gradients).norm().item())
-
-    for scale in (100.0, 0.01):
-        handle = register_optimizer_step_pre_hook(note)
-        try:
-            fit(make_linear(), (scale * images, labels), replace(PLAIN, batch_size=N, steps=3))
-        finally:
-            handle.remove()
-    assert norms[:3] == pytest.approx([1.0] * 3, abs=1e-4)
-    assert norms[3] < 0.5
-    assert norms[3:] == pytest.approx([norms[3]] * 3, rel=1e-4)
-
-
-def test_a_model_that_was_evaluated_is_trained_in_training_mode() -> None:
-    model, modes = make_linear().eval(), set()
-    model[1].register_forward_hook(lambda module, args, out: modes.add(module.training))
-    fit(model, floats(), PLAIN)
-    assert modes == {True}
-
-
-@pytest.mark.parametrize('what', ['nothing', 'flip', 'shift', 'turn'])
-def test_training_sees_the_images_as_the_settings_change_them(what: str) -> None:
-    images, labels = floats()
-    model, seen = make_linear(), []
-    model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    change = dict(nothing={}, flip=dict(flip=True), shift=dict(shift=2), turn=dict(turn=True))[what]
-    fit(model, (images, labels), replace(PLAIN, epochs=3, **change))
-    padded = F.pad(images, (2, 2, 2, 2), mode='reflect')
-    allowed = {
-        'nothing': [images],
-        'flip': [images, images.flip(-1)],
-        'shift': [padded[..., y : y + SIDE, x : x + SIDE] for y, x in itertools.product(range(5), repeat=2)],
-        'turn': [images.rot90(quarters, dims=(-2, -1)) for quarters in range(4)],
-    }[what]
-    which = torch.stack([(torch.cat(seen)[:, None] == one).flatten(2).all(-1).any(-1) for one in allowed])
-    assert which.any(0).all()
-    assert which.any(1).sum() > len(allowed) // 2  # more than half of all changes occur
-
-
-def test_an_image_is_moved_as_far_as_the_limit_in_each_direction() -> None:
-    x = torch.arange(SIDE * SIDE).view(1, 1, SIDE, SIDE).expand(1000, 1, -1, -1)
-    torch.manual_seed(0)
-    middle = augment(x, flip=False, shift=2)[:, 0, 4, 4]
-    assert middle.unique().tolist() == [SIDE * (4 + dy) + 4 + dx for dy in range(-2, 3) for dx in range(-2, 3)]
 
 
 # The runners of the tables
@@ -243,81 +166,6 @@ def test_the_models_of_the_published_results_start_as_they_did() -> None:
         assert count_parameters(memory.create(one['variant'], *sizes)) == one['parameters'], path
 
 
-def test_an_ait_starts_from_weights_as_large_as_those_of_the_models_beside_it() -> None:
-    sizes: dict[str, Any] = dict(embed_dim=128, num_heads=2, depth=1)
-    ait, vit = ablations.create('ait', **sizes).blocks[0], baselines.create('vit_small', **sizes).mixer.blocks[0]
-    for name in ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'):
-        ours, theirs = (block.get_submodule(name).weight.std().item() for block in (ait, vit))
-        assert ours == pytest.approx(theirs, rel=0.05), name
-
-
-# What the variants are
-
-
-def workspace_of(variant: str) -> GlobalWorkspace:
-    layer = memory.create(variant, attention=False, width=32, depth=1).blocks[0].mlp
-    assert isinstance(layer, GlobalWorkspace)
-    return layer
-
-
-def test_the_variants_of_the_memory_are_what_their_names_say() -> None:
-    found = {}
-    for name in memory.VARIANTS:
-        layer = workspace_of(name)
-        gain = None if layer.scale is None else round(layer.scale.mean().item(), 3)
-        own = isinstance(layer, variants.WholeCopy)
-        is_trained = layer.value.weight.requires_grad  # the task trains the write
-        found[name] = (layer.write_rule, layer.write_scope, layer.memory_decay, gain, is_trained, own)
-    wide = round(math.sqrt(32), 3)
-    never, image = ('distinct', 'batch', 0.9), ('distinct', 'image', 0.5)
-    for name in ('none', 'wider_mlp', 'registers'):
-        assert isinstance(workspace_of(name), variants.NoMemory)
-        del found[name]
-    assert found == {
-        'frozen': (*never, 1, False, False),
-        'frozen_wide': (*never, wide, False, False),
-        'published': ('published', 'batch', 0.9, None, True, False),
-        'published_detached': ('published', 'batch', 0.9, None, False, False),
-        'distinct': ('distinct', 'batch', 0.9, 1, True, False),
-        'distinct_wide': ('distinct', 'batch', 0.9, wide, True, False),
-        'image': (*image, 1, True, False),
-        'image_whole': (*image, 1, True, True),
-        'image_wide': (*image, wide, True, False),
-        'additive': ('additive', 'image', 0.9, 1, True, False),
-        'image_wide_detached': (*image, wide, False, False),
-    }
-    assert memory.create('registers', False, 32, 1).reg_token.shape[1] == 32
-    assert {(workspace_of(name).num_slots, workspace_of(name).bottleneck) for name in memory.VARIANTS} == {(32, 512)}
-
-
-def test_the_memory_of_each_image_among_the_ablations_forgets_half() -> None:
-    for name in ('ait_image', 'ait_image_logits', 'ait_no_attention_image'):
-        layer = ablations.create(name, embed_dim=32, num_heads=1, depth=1).blocks[0].mlp
-        assert (layer.write_rule, layer.write_scope, layer.memory_decay) == ('distinct', 'image', 0.5)
-
-
-def test_a_whole_copy_is_the_mean_of_old_and_new_slots_by_the_decay() -> None:
-    torch.manual_seed(0)
-    layer = variants.WholeCopy(8, num_slots=4, slot_dim=6, write_heads=2, **variants.IMAGE)
-    heads = torch.randn(3, 2, 4, 6)
-    update = layer.write_norm(layer.proj(torch.cat([heads[:, 0], heads[:, 1]], dim=-1)) + layer.memory)
-    expected = 0.5 * layer.memory + 0.5 * update / update.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(layer.update(layer.memory, heads), expected / expected.norm(dim=-1, keepdim=True))
-
-
-@pytest.mark.parametrize(
-    ('name', 'is_low_rank', 'is_hopfield'),
-    [('', False, False), ('_d', True, False), ('_h', False, True), ('_dh', True, True)],
-)
-def test_the_variants_of_coordination_add_what_their_letters_say(
-    name: str, is_low_rank: bool, is_hopfield: bool
-) -> None:
-    (block, *_) = baselines.create(f'coordination{name}').mixer.blocks
-    assert hasattr(block.read, 'linear_transform') == is_hopfield
-    assert (block.memory is not None) == (block.balance_weight == 0.01) == is_low_rank
-    assert (block.write.top_k, block.write.q.in_features) == ((512, 32) if is_low_rank else (20, 256))
-
-
 # The experiment on the memory
 
 
@@ -421,98 +269,3 @@ def test_all_starts_are_fine_tuned_on_other_images_with_the_seed_of_each_and_tes
     starts = [None, ('published', 'batch', 0.9), ('distinct', 'batch', 0.9), ('distinct', 'image', 0.5)]
     assert heads == [None, *starts, *starts]
     assert spies.weights[2] != spies.weights[6]  # the same AiT with another memory
-
-
-# Measuring
-
-
-def make_sides(steps: list[str], seconds: tuple[float, float], patch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """Sides of three and of six items, whose steps take so many seconds of a clock of their own."""
-    now = [0.0]
-    patch.setattr(measure, 'timer', lambda: now[0])
-    square = torch.randn(3, 3)
-
-    def make(name: str, cost: float, items: int) -> measure.Side:
-        def step() -> None:
-            steps.append(name)
-            now[0] += cost
-            square @ square
-
-        return measure.Side(nn.Linear(1, 1), step, items)
-
-    return (lambda: make('a', seconds[0], 3)), (lambda: make('b', seconds[1], 6))
-
-
-def test_time_work_and_memory_are_those_of_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[str] = []
-    sides = make_sides(steps, (1.5, 6.0), monkeypatch)
-    row = measure.time_sides('squares', sides, rounds=2, seconds=12.0, threads=1)
-    assert ''.join(steps[-10:]) in 'aaaaaaaabb' * 2
-    assert (row.ours, row.theirs) == ([0.5, 0.5], [1.0, 1.0])
-    assert (row.flops, row.moved) == ([54 / 3, 54 / 6], [108 / 3, 108 / 6])
-    assert (row.ratio, row.per_second) == (0.5, [2.0, 1.0])
-    assert measure.table([row]).endswith('| 2 /s, 0.00 MFLOP | 1 /s, 0.00 MFLOP |')
-    monkeypatch.setattr(measure, 'peak_bytes', lambda side: 12)
-    row = measure.compare_bytes('bytes', sides)
-    assert (row.ours, row.theirs) == ([4.0], [2.0])
-
-
-@pytest.mark.parametrize('compiled', [False, True])
-def test_times_are_those_of_compiled_sides_where_they_are_asked_for(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compile_ = Mock()
-    monkeypatch.setattr(nn.Module, 'compile', compile_)
-    sides = make_sides([], (1.0, 1.0), monkeypatch)
-    measure.time_sides('squares', sides, rounds=1, seconds=1.0, threads=1, compiled=compiled)
-    assert compile_.call_count == 2 * compiled
-
-
-# Drawn images and the commit
-
-
-def test_a_cluster_has_eight_points_and_corners_of_class_1_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    centres: list[list[tuple[float, float]]] = []
-
-    class Pen:
-        def __init__(self, image: Image.Image) -> None:
-            centres.append([])
-
-        def ellipse(self, box: tuple[float, ...], fill: int) -> None:
-            centres[-1].append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
-
-    monkeypatch.setattr('timm_ait.datasets.ImageDraw.Draw', Pen)
-    triangles = Triangle('train', 400)
-    for index in range(400):
-        triangles.draw(index)
-    assert {len(points) for points in centres} == {3 * 8}
-    corners = np.array(centres[1::2]).reshape(-1, 3, 8, 2).mean(axis=2)
-    assert np.histogram(corners, bins=4, range=(0, 64))[0] / corners.size == pytest.approx([0.25] * 4, abs=0.05)
-
-
-def test_all_values_of_recall_are_equally_frequent() -> None:
-    counts = np.zeros(10)
-    dataset = AssociativeRecall('train', 60, grid=8)
-    for index in range(60):
-        green = np.asarray(dataset.draw(index)[0]).reshape(8, 4, 8, 4, 3)[..., 1].swapaxes(1, 2).reshape(64, 16) > 0
-        codes = green @ (1 << np.arange(16))
-        values = codes[codes > 0] * pow(40503, -1, 2**16) % 2**16 - 1
-        counts += np.bincount(values, minlength=10)
-    assert counts / counts.sum() == pytest.approx([0.1] * 10, abs=0.025)
-
-
-def test_a_commit_says_whether_the_code_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*words: str) -> None:
-        who = ['-c', 'user.name=a', '-c', 'user.email=a@b']
-        subprocess.run(['git', *who, *words], cwd=tmp_path, check=True, capture_output=True)
-
-    monkeypatch.setattr(record, '__file__', str(tmp_path / 'record.py'))
-    (tmp_path / 'record.py').write_text('a = 1\n')
-    git('init')
-    git('add', '.')
-    git('commit', '-m', 'first')
-    assert not (record.commit() or '-dirty').endswith('-dirty')
-    (tmp_path / 'record.py').write_text('a = 2\n')
-    assert (record.commit() or '').endswith('-dirty')
-    assert str(record.environment()['commit']).endswith('-dirty')
-    assert loop.commit is record.commit

@@ -5,7 +5,9 @@ import json
 import subprocess
 from pathlib import Path
 
+import loop
 import pytest
+import record
 import timm
 import torch
 from record import check_device, check_new, environment, read_records, told, write_record
@@ -64,3 +66,20 @@ def test_an_error_of_the_user_ends_in_a_sentence(
 def test_a_device_that_computes_nothing_here_is_named(device: str) -> None:
     with pytest.raises(ValueError, match=f'cannot compute on --device {device} here; take cpu'):
         check_device(device)
+
+
+def test_a_commit_says_whether_the_code_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        who = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+        subprocess.run(['git', *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(record, '__file__', str(tmp_path / 'record.py'))
+    (tmp_path / 'record.py').write_text('a = 1\n')
+    git('init')
+    git('add', '.')
+    git('commit', '-m', 'first')
+    assert not (record.commit() or '-dirty').endswith('-dirty')
+    (tmp_path / 'record.py').write_text('a = 2\n')
+    assert (record.commit() or '').endswith('-dirty')
+    assert str(record.environment()['commit']).endswith('-dirty')
+    assert loop.commit is record.commit

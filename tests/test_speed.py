@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import measure
 import memory
 import pytest
 import speed
@@ -251,6 +252,48 @@ def test_evaluation_has_no_operations_of_the_write() -> None:
     written = ('topk', 'embedding_bag', 'scatter', 'gather', 'index', 'sort', 'isfinite')
     assert not [name for name in forward.names if any(part in name for part in written)]
     assert forward.larger_than(LOGITS) == []
+
+
+def make_sides(steps: list[str], seconds: tuple[float, float], patch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Sides of three and of six items, whose steps take so many seconds of a clock of their own."""
+    now = [0.0]
+    patch.setattr(measure, 'timer', lambda: now[0])
+    square = torch.randn(3, 3)
+
+    def make(name: str, cost: float, items: int) -> Side:
+        def step() -> None:
+            steps.append(name)
+            now[0] += cost
+            square @ square
+
+        return Side(nn.Linear(1, 1), step, items)
+
+    return (lambda: make('a', seconds[0], 3)), (lambda: make('b', seconds[1], 6))
+
+
+def test_time_work_and_memory_are_those_of_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    sides = make_sides(steps, (1.5, 6.0), monkeypatch)
+    row = time_sides('squares', sides, rounds=2, seconds=12.0, threads=1)
+    assert ''.join(steps[-10:]) in 'aaaaaaaabb' * 2
+    assert (row.ours, row.theirs) == ([0.5, 0.5], [1.0, 1.0])
+    assert (row.flops, row.moved) == ([54 / 3, 54 / 6], [108 / 3, 108 / 6])
+    assert (row.ratio, row.per_second) == (0.5, [2.0, 1.0])
+    assert table([row]).endswith('| 2 /s, 0.00 MFLOP | 1 /s, 0.00 MFLOP |')
+    monkeypatch.setattr(measure, 'peak_bytes', lambda side: 12)
+    row = compare_bytes('bytes', sides)
+    assert (row.ours, row.theirs) == ([4.0], [2.0])
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_times_are_those_of_compiled_sides_where_they_are_asked_for(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = Mock()
+    monkeypatch.setattr(nn.Module, 'compile', compile_)
+    sides = make_sides([], (1.0, 1.0), monkeypatch)
+    time_sides('squares', sides, rounds=1, seconds=1.0, threads=1, compiled=compiled)
+    assert compile_.call_count == 2 * compiled
 
 
 def test_peak_bytes_are_the_bytes_that_a_step_holds_at_the_same_time() -> None:
