@@ -2,7 +2,7 @@
 
     python benchmarks/export.py                       # test_ait with its weights
     python benchmarks/export.py --data DIR/test       # and its accuracy on 2,000 images, DIR/test/<class>/*
-    python benchmarks/export.py --formats eager int8  # some formats alone
+    python benchmarks/export.py --formats eager 'int8 dynamic, torch'  # some alone
 
 All forms take turns in one process; a turn of all is a round. Speeds are medians over the rounds. The script prints a
 table, and writes the numbers to the file ``--out``.

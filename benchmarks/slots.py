@@ -18,7 +18,7 @@ from record import positive, told
 from torch.utils.data import DataLoader
 
 from timm_ait import BlockReport, format_report, memory_report
-from timm_ait.checkpoint import load_model
+from timm_ait.checkpoint import is_path, load_model
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--images', type=positive, default=1000, help='number of images, spread evenly over the folder')
     parser.add_argument('--writes', type=positive, help='write so many batches to an untrained memory instead')
     args = parser.parse_args(argv)
-    if args.writes and not timm.is_model(args.model):
+    if args.writes and (is_path(args.model) or not timm.is_model(args.model)):
         parser.error(f'--writes needs the name of a model, got --model {args.model}')
     if args.writes:
         torch.manual_seed(0)

@@ -366,12 +366,20 @@ def test_positions_keep_their_places_in_a_grid_of_as_many_patches(size: tuple[in
 
 
 def test_a_classifier_over_all_tokens_is_refused_for_a_grid_of_as_many_tokens() -> None:
-    with pytest.raises(ValueError, match=r'reads a grid of \(8, 8\) tokens, and the model has \(4, 16\)'):
+    with pytest.raises(ValueError, match=r'reads a grid of \(8, 8\) flattened tokens, and the model has \(4, 16\)'):
         timm.create_model('test_ait', pretrained=True, img_size=(16, 64))
     model = timm.create_model('test_ait', pretrained=True)
     with pytest.raises(ValueError, match=r'reads a grid of \(8, 8\) flattened tokens, .* gives \(4, 16\)'):
         model.set_input_size((16, 64))
     assert timm.create_model('test_ait', pretrained=True, img_size=(16, 64), num_classes=3).num_classes == 3
+
+
+@pytest.mark.parametrize('classes', [0, 3])
+def test_the_norm_over_flattened_tokens_starts_anew_for_a_grid_of_as_many_tokens(classes: int) -> None:
+    other = timm.create_model('test_ait', pretrained=True, img_size=(16, 64), num_classes=classes)
+    same = timm.create_model('test_ait', pretrained=True, num_classes=classes)
+    is_new = [torch.equal(model.fc_norm.weight, torch.ones(64 * 128)) for model in (other, same)]
+    assert is_new == [True, False]
 
 
 def test_features_need_no_classifier_in_the_file(tmp_path: Path) -> None:

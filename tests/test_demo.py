@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 
 from timm_ait import demo
 
@@ -177,3 +180,41 @@ def test_the_commands_of_the_demo_run_with_timms_scripts(ran: tuple[Path, str]) 
             done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=folder, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-6000:]
     assert (folder / 'output' / 'own' / 'model_best.pth.tar').is_file()
+
+
+def test_digits_are_cropped_a_little_and_never_mirrored(ran: tuple[Path, str]) -> None:
+    args = argparse.Namespace(batch_size=1, workers=0)
+    loader = demo.make_loader(timm.create_model('test_ait'), ran[0] / 'out' / 'digits', 'train', args)
+    transform = repr(loader.dataset.transform)
+    assert 'scale=(0.7, 1.0)' in transform
+    assert 'Flip' not in transform
+
+
+def test_the_learning_rate_goes_on_over_the_epochs() -> None:
+    layer, steps = nn.Linear(2, 3), []
+    task = Mock(side_effect=lambda x, y: {'loss': nn.functional.cross_entropy(layer(x), y)}, device='cpu')
+    loader = [(torch.ones(5, 2), torch.zeros(5, dtype=torch.long))] * 3
+    scheduler = Mock(step_update=steps.append)
+    for epoch in range(2):
+        demo.train_epoch(task, loader, torch.optim.SGD(layer.parameters(), lr=0.1), scheduler, epoch, 2)
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(('minimum', 'status'), [('94', 0), ('94.5', 1)])
+def test_the_demo_fails_below_its_accuracy(
+    minimum: str, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    results = dict(write_digits=None, fit=94.0, make_loader=None, validate=94.0, look_inside=([],), draw=None)
+    for name, result in dict(results, format_report='').items():
+        monkeypatch.setattr(demo, name, Mock(return_value=result))
+    monkeypatch.setattr(demo.timm, 'create_model', Mock(return_value=nn.Linear(2, 3)))
+    monkeypatch.setattr(demo.torch, 'set_num_threads', Mock())
+    assert demo.main(['--output', str(tmp_path), '--min-accuracy', minimum]) == status
+
+
+def test_wrong_digits_are_drawn_first_and_in_red() -> None:
+    figure, labels = Figure(), torch.tensor([3, 5, 7])
+    demo._draw_digits(figure, torch.rand(3, 3, 32, 32), labels, torch.tensor([3, 6, 7]))
+    titles = [(axis.title.get_text(), axis.title.get_color()) for axis in figure.axes]
+    assert titles[0] == ('6 (is 5)', 'tab:red')
+    assert set(titles[1:]) == {('3', 'tab:green'), ('7', 'tab:green')}

@@ -54,6 +54,8 @@ def export(folder: Path, **kwargs: Any) -> str:
         ({}, 3),
         (dict(class_token=True, global_pool='token'), 3),
         (dict(in_chans=1, img_size=16, depth=3), 3),
+        (dict(num_classes=3, depth=4), 3),
+        (dict(global_pool=''), 1),
         (dict(num_classes=0), 1),
         (dict(in_chans=5), 1),
         (dict(model_name='test_ait_relational'), 1),
@@ -112,6 +114,35 @@ def test_the_recipe_of_a_model_that_began_in_a_folder_names_the_model_and_no_pat
     recipe = yaml.safe_load((folder / 'args.yaml').read_text())
     assert recipe == {**run, 'model': 'test_ait'}
     assert str(tmp_path) not in (folder / 'README.md').read_text()
+
+
+def test_the_facts_on_a_card_are_those_of_the_model_and_of_its_results(tmp_path: Path) -> None:
+    (tmp_path / 'results.json').write_text('{"top1": 41.25, "top5": 80.5}')
+    export(tmp_path, img_size=(16, 24), options=dict(results=tmp_path / 'results.json', dataset='toys'))
+    model = make_model(img_size=(16, 24))
+    gmacs, activations = count_cost(model)
+    card = ModelCard.load(tmp_path / NAME / 'README.md')
+    facts = {
+        'Parameters (M)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}',
+        'GMACs': f'{gmacs:.3g}',
+        'Activations (M)': f'{activations:.3g}',
+        'Image size': '16x24',
+        'Classes': '11',
+    }
+    assert dict(re.findall(r'^- \*\*(.+):\*\* (.+)$', card.text, re.MULTILINE)).items() >= facts.items()
+    assert f', timm {timm.__version__}, torch {torch.__version__}\n' in card.text
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_name, result.metric_value) == ('toys', 'top-1 accuracy', 41.25)
+
+
+def test_a_recipe_says_what_was_given_and_no_default_of_a_rare_option(tmp_path: Path) -> None:
+    given = dict(opt='adamw', no_aug=True, aug_repeats=3, mixup_mode='elem', bce_sum=True, kd_model_name='resnet18')
+    defaults = dict(remode='pixel', recount=1, lr_cycle_limit=1, decay_milestones=[90, 180, 270], jsd_loss=False)
+    args = {'model': 'test_ait', **given, **defaults, 'mean': None}
+    torch.save({'state_dict': make_model().state_dict(), 'args': {**args, 'model_kwargs': ARGS}}, tmp_path / 'last.pth')
+    folder = hub.export(tmp_path / 'last.pth', tmp_path / NAME)
+    recipe = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert recipe == {'model': 'test_ait', 'model_kwargs': ARGS, **given}
 
 
 def test_a_model_without_classes_is_for_features(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import timm
 import torch
 from authors_names import as_authors
 from hub_child import fingerprint
-from hub_models import ARGS, logits, make_model, sha256
+from hub_models import ARGS, edited, logits, make_model, save, sha256
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from torch import nn
@@ -151,6 +151,38 @@ def test_what_a_saved_folder_says_of_its_images_and_licence_is_kept(tmp_path: Pa
     assert {key: kept[key] for key in overlay} == {**overlay, 'mean': [0.1, 0.2, 0.3]}
     assert kept['input_size'] == [3, 16, 16]
     assert ModelCard.load(folder / 'README.md').data.license == 'cc-by-nc-4.0'
+
+
+def test_all_that_a_saved_folder_says_of_its_pixels_is_kept(tmp_path: Path) -> None:
+    said: dict[str, Any] = dict(
+        mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation='nearest', crop_pct=0.7, test_crop_pct=0.8,
+        test_pool_size=[2, 3],
+    )  # fmt: skip
+    config = save(make_model(), tmp_path / 'saved')['config.json']
+    (tmp_path / 'saved' / 'config.json').write_bytes(edited(config, pretrained_cfg=said))
+    folder = hub.export(tmp_path / 'saved' / 'model.safetensors', tmp_path / 'test_ait.toy')
+    kept = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    assert {key: kept[key] for key in said} == said
+
+
+def test_a_run_that_began_with_a_file_of_its_own_is_exported_without_its_path(tmp_path: Path) -> None:
+    overlay = {'file': '/home/somebody/own.pth', 'std': [0.1, 0.2, 0.3]}
+    args = {'model': 'test_ait', 'opt': 'adamw', 'model_kwargs': {**ARGS, 'pretrained_cfg_overlay': overlay}}
+    torch.save({'state_dict': make_model().state_dict(), 'args': args}, tmp_path / 'last.pth.tar')
+    folder = hub.export(tmp_path / 'last.pth.tar', tmp_path / 'test_ait.toy')
+    assert 'somebody' not in ''.join(path.read_text() for path in folder.iterdir() if path.suffix != '.safetensors')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert loaded.pretrained_cfg['std'] == overlay['std']
+    assert logits(loaded) == logits(make_model())
+
+
+def test_a_pickle_of_the_older_format_is_read(tmp_path: Path) -> None:
+    model = make_model()
+    torch.save(model.state_dict(), tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
+    assert torch.equal(hub.read_checkpoint(tmp_path / 'old.pth').state_dict['head.weight'], model.head.weight)
+    overlay = dict(file=str(tmp_path / 'old.pth'), num_classes=11)
+    loaded = timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay, **ARGS)
+    assert logits(loaded) == logits(model)
 
 
 def test_labels_and_the_config_of_tests_are_kept(tmp_path: Path) -> None:

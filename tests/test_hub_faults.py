@@ -1,5 +1,6 @@
 """Faults of the Hub, the connection and the disk: no wrong weights are loaded, and the error says what to do."""
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,20 @@ def test_a_full_disk_names_the_folder_of_the_cache(remote: LoopbackHub, child: C
     assert f'{hub_cache} has no space for it (File too large): free some, or set HF_HOME or cache_dir=' in said
     assert not blobs(hub_cache)
     assert child(load, 'test_ait', **args)['fingerprint'] == fingerprint(make_model())
+
+
+@pytest.mark.parametrize(
+    ('numbers', 'said'),
+    [
+        ((errno.ENOSPC, errno.EDQUOT), 'cache has no space for it'),
+        ((errno.EACCES, errno.EPERM, errno.EROFS), 'it cannot be stored'),
+    ],
+)
+def test_a_file_that_cannot_be_stored_is_no_broken_connection(
+    numbers: tuple[int, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = pretrained.resolve_cfg('test_ait', None, dict(hf_hub_id='no/such'))
+    for number in numbers:
+        monkeypatch.setattr(pretrained, 'hf_hub_download', Mock(side_effect=OSError(number, 'a reason')))
+        with pytest.raises(WeightsError, match=rf'{said} \(.*a reason\): .*set HF_HOME or cache_dir='):
+            pretrained.fetch_weights(cfg, tmp_path / 'cache')

@@ -293,6 +293,31 @@ def test_intermediates_are_the_blocks_outputs_without_prefix_tokens(layout: str)
     assert not model.patch_drop._forward_hooks
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('mask', [dict(is_causal=True), dict(attn_mask=torch.ones(1 + N, 1 + N).tril().bool())])
+def test_behind_a_causal_mask_the_question_sees_no_patch(mask: dict[str, Any]) -> None:
+    model, (image, question) = make_model().eval(), inputs()
+    first, second = (model.forward_features(x, question, **mask)[:, 0] for x in (image, 1 - image))
+    torch.testing.assert_close(first, second)
+    assert not torch.allclose(model.forward_features(image, question)[:, 0], first, atol=1e-3)
+    tokens = model.forward_features(image, question, **mask)
+    assert torch.equal(model(image, question, **mask), model.forward_head(tokens))
+
+
+@torch.no_grad()
+def test_after_an_error_in_forward_intermediates_the_model_answers_as_before() -> None:
+    model, (image, question) = make_model().eval(), inputs()
+    before = model(image, question)
+    with pytest.raises(ValueError, match='expected images of shape'):
+        model.forward_intermediates(image[:, :2], question)
+    assert torch.equal(model(image, question), before)
+
+
+def test_flattened_tokens_have_a_norm_unless_it_is_told_not_to() -> None:
+    norms = [type(make_model(fc_norm=fc_norm).fc_norm) for fc_norm in (None, True, False)]
+    assert norms == [nn.LayerNorm, nn.LayerNorm, nn.Identity]
+
+
 @pytest.mark.parametrize('pool', ['avg', 'max', 'flatten'])
 def test_the_classifier_can_be_reset(pool: str) -> None:
     model = make_model()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torchvision.transforms.functional import to_pil_image
 
-import timm_ait  # noqa: F401
+from timm_ait.card import RARE, RECIPE
 
 CHECKOUT = os.environ.get('TIMM_CHECKOUT', '')
 RECIPES = sorted((Path(__file__).parents[1] / 'benchmarks' / 'recipes').glob('*.yaml'))
@@ -152,3 +152,22 @@ def test_scripts_without_device_modules_run_with_the_launcher(bench: Path) -> No
               'timm_ait', 'validate.py', '--data-dir', 'data', '--split', 'test', '--device', 'cpu', '--workers', '1',
               '--num-classes', str(CLASSES), *weights)  # fmt: skip
     assert (bench / 'bulk.csv').exists(), log
+
+
+def test_a_recipe_holds_every_option_of_train_py_that_is_not_of_the_machine_or_its_files(bench: Path) -> None:
+    script = 'import json, train; print(json.dumps(vars(train.parser.parse_args([]))))'
+    defaults = json.loads(run(bench, '-c', script).splitlines()[-1])
+    assert {key: defaults[key] for key in RARE} == RARE
+    others = (
+        'data data_dir dataset train_split val_split train_num_samples val_num_samples dataset_download class_map '
+        'input_img_mode input_key target_key dataset_trust_remote_code pretrained_path initial_checkpoint resume '
+        'no_resume_opt crop_pct interpolation validation_batch_size channels_last fuser grad_checkpointing '
+        'torchcompile_mode torchscript torchcompile device no_ddp_bb synchronize_step local_rank device_modules '
+        'lr_base lr_base_size lr_base_scale start_epoch bn_momentum bn_eps sync_bn dist_bn split_bn '
+        'model_ema_force_cpu worker_seeding log_interval val_interval recovery_interval checkpoint_hist workers '
+        'save_images pin_mem no_prefetcher output experiment eval_metric tta use_multi_epochs_loader log_wandb '
+        'wandb_project wandb_tags wandb_resume_id naflex_loader naflex_train_seq_lens naflex_max_seq_len '
+        'naflex_patch_sizes naflex_patch_size_probs naflex_loss_scale naflex_patchify_channels_first '
+        'kd_student_feature_dim kd_teacher_feature_dim'
+    ).split()
+    assert defaults.keys() - RARE.keys() - set(RECIPE) - set(others) == set()

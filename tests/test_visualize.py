@@ -6,6 +6,7 @@ import csv
 import itertools
 import math
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -27,6 +28,7 @@ from torch import Tensor
 from timm_ait import BlockReport, drawing, visualize
 from timm_ait.checkpoint import find_checkpoints, load_model
 from timm_ait.history import follow_training, measure_drift, read_memories, write_csv
+from timm_ait.hub import export
 from timm_ait.inspection import BlockInspection, inspect
 from timm_ait.visualize import Page, main
 
@@ -394,11 +396,41 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
         visualize.read_images(tmp_path, timm.create_model('test_ait'), 2)
 
 
+def test_of_the_folder_of_a_run_the_last_epoch_is_loaded(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / 'run')
+    shutil.copy(folder / 'checkpoint-0.pth.tar', folder / 'checkpoint-10.pth.tar')
+    first, second = (load_model(str(path)) for path in (folder, folder / 'checkpoint-0.pth.tar'))
+    assert torch.equal(first.blocks[0].mlp.memory, second.blocks[0].mlp.memory)
+
+
+def test_a_file_or_a_folder_that_is_called_model_tag_comes_before_the_weights_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = save_run(tmp_path / 'test_ait.run') / 'checkpoint-2.pth.tar'
+    export(own, Path('test_ait.cifar10'))
+    shutil.copy(own, 'test_ait.pth.tar')
+    Path('test_ait').mkdir()
+    wanted = load_model(str(own)).blocks[0].mlp.memory
+    for name in ('test_ait.run', 'test_ait.pth.tar', 'test_ait.cifar10', 'test_ait.cifar10/model.safetensors'):
+        assert torch.equal(load_model(name).blocks[0].mlp.memory, wanted), name
+    assert not torch.equal(load_model('test_ait').blocks[0].mlp.memory, wanted)
+    save_images(tmp_path / 'photos')
+    for name, is_run in (('test_ait.run', True), ('test_ait.cifar10', False)):
+        main([name, 'photos', '--images', '2', '--pictures', '1', '--out', f'out-{name}'])
+        assert Path(f'out-{name}', 'training.csv').is_file() == is_run
+    with pytest.raises(ValueError, match=r'^expected the name of a model, .*, got test_ait\.mine/model\.safetensors$'):
+        load_model('test_ait.mine/model.safetensors')
+
+
 def test_an_image_that_is_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new('RGB', (SIDE, SIDE)).save(tmp_path / 'huge.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
     with pytest.raises(ValueError, match=r'huge\.png cannot be read \(.*decompression bomb'):
         visualize.read_images(tmp_path, timm.create_model('test_ait'), 1)
+
+
+EXPECTED = 'expected the name of a model, a checkpoint, or the folder of train.py or of an export'
 
 
 @pytest.mark.parametrize(
@@ -409,7 +441,10 @@ def test_an_image_that_is_too_large_is_named(tmp_path: Path, monkeypatch: pytest
         (['test_vit', 'empty'], 'test_vit has no memory to look into'),
         (['test_ait_relational', 'empty'], 'test_ait_relational answers questions, and a folder of images holds none'),
         (['test_ait.no_tag', 'empty'], 'timm cannot make test_ait.no_tag: Invalid pretrained tag'),
-        (['no_model', 'empty'], 'expected the name of a model, a checkpoint or the folder of train.py, got no_model'),
+        (
+            ['no_model', 'empty'],
+            'expected the name of a model, a checkpoint, or the folder of train.py or of an export, got no_model',
+        ),
         (['empty', 'empty'], 'empty holds no checkpoint-<epoch>.pth.tar'),
         (['plain.pth', 'empty'], 'plain.pth does not say which model it holds; name the model'),
         (['plain.pth', 'empty', '--checkpoint', 'plain.pth'], '--checkpoint goes with the name of a model'),

@@ -29,6 +29,20 @@ RECIPE = (
     'mixup cutmix mixup_prob mixup_switch_prob mixup_off_epoch smoothing '
     'drop drop_path bce_loss model_ema model_ema_decay model_ema_warmup seed'
 ).split()
+# More of them, with train.py's defaults, at which they are left out.
+RARE: dict[str, Any] = dict(
+    no_aug=False, aug_repeats=0, aug_splits=0, resplit=False, remode='pixel', recount=1, mixup_mode='batch',
+    cutmix_minmax=None, color_jitter_prob=None, grayscale_prob=None, gaussian_blur_prob=None, mean=None, std=None,
+    train_img_sizes=None, train_batch_sizes=None, train_size_probs=None, train_size_schedule='constant',
+    train_size_schedule_spread=0.65, train_size_random_mix=0.1, variable_batch_loss_scale='none',
+    train_batches_per_epoch=None, epoch_repeats=0, warmup_prefix=False, patience_epochs=10,
+    decay_milestones=[90, 180, 270], lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1.0, lr_cycle_mul=1.0,
+    lr_cycle_decay=0.5, lr_cycle_limit=1, lr_k_decay=1.0, layer_decay_min_scale=0, layer_decay_no_opt_scale=None,
+    jsd_loss=False, bce_sum=False, bce_target_thresh=None, bce_pos_weight=None,
+    head_init_scale=None, head_init_bias=None, drop_connect=None, drop_block=None, model_dtype=None, fast_norm=False,
+    kd_model_name=None, kd_distill_type='logit', kd_loss_type='kl', kd_temperature=4.0, kd_token_distill_type='soft',
+    distill_loss_weight=None, task_loss_weight=None,
+)  # fmt: skip
 ARGUMENTS = 'args.yaml'
 METRICS = {'top1': 'top-1 accuracy, %', 'top5': 'top-5 accuracy, %', 'metric': 'metric of the training run'}
 MODES = {1: 'L', 3: 'RGB'}  # of an image file, by the channels of a model
@@ -302,7 +316,8 @@ def usage(model: AssociativeTransformer, name: str) -> str:
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     grid, depth = model.patch_embed.grid_size, len(model.blocks)
     width = model.head_hidden_size
-    is_usual = model.num_classes and model.in_chans in MODES and len(inputs) == 1
+    of = (1,) if model.global_pool else (1, tokens)
+    is_usual = model.global_pool and model.num_classes and model.in_chans in MODES and len(inputs) == 1
     template = USE if is_usual else USE_TENSORS
     return template.format(
         start=START,
@@ -310,7 +325,7 @@ def usage(model: AssociativeTransformer, name: str) -> str:
         mode=MODES.get(model.in_chans),
         shape=inputs[0],
         inputs=', '.join(f'torch.rand({", ".join(map(str, shape))})' for shape in inputs),
-        logits=(1, model.num_classes or width),
+        logits=(*of, model.num_classes or width),
         best=min(5, model.num_classes),
         maps=f'{min(3, depth)} times (1, {model.embed_dim}, {grid[0]}, {grid[1]})',
         embedding=(1, width),
@@ -339,6 +354,7 @@ def _comparison(name: str, found: Results) -> str:
 
 def _recipe(args: dict[str, Any]) -> str:
     """Write the arguments of a run that train.py was given, as YAML; '' if they are not of a run."""
-    values = {key: args.get(key) for key in RECIPE}
+    rare = [key for key, default in RARE.items() if args.get(key) not in (None, default)]
+    values = {key: args.get(key) for key in (*RECIPE, *rare)}
     given = {key: x for key, x in values.items() if x not in (None, '', {}, (), []) and x is not False}  # but keep 0
     return str(yaml.safe_dump(given, sort_keys=False)) if 'opt' in given else ''

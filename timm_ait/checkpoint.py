@@ -24,6 +24,8 @@ __all__ = [
     'Checkpoint',
     'build_model',
     'find_checkpoints',
+    'is_path',
+    'is_run',
     'label_of',
     'load_checkpoint',
     'load_model',
@@ -87,7 +89,12 @@ def _args(args: Any, path: Path) -> dict[str, Any]:
             f'{path} says its model in an unknown way; save the state_dict() of the model alone, and give --model and '
             '--model-kwargs'
         )
-    return dict(args)
+    kwargs = dict(args.get('model_kwargs') or {})
+    overlay = kwargs.pop('pretrained_cfg_overlay', None)  # with the file that the run started from
+    if not overlay:
+        return dict(args)
+    said = {key: overlay[key] for key in SAVED if key in overlay and not args.get(key)}
+    return {**args, 'model_kwargs': kwargs, **said}
 
 
 def _saved_args(path: Path) -> dict[str, Any]:
@@ -200,21 +207,40 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
         ValueError: If there is no such model, or if it has no memory.
     """
     path = Path(name)
-    if timm.is_model(name) or name.startswith(('hf-hub:', 'local-dir:')):
-        try:
-            _check(name, timm.create_model(name))
-        except RuntimeError as error:  # no such tag
-            raise ValueError(f'timm cannot make {name}: {error}') from error
+    if is_path(name):
         if checkpoint is not None:
-            return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
-        if timm.is_model(name) and not timm.models.get_pretrained_cfg(name).has_weights:
-            raise ValueError(f'{name} has no weights of its own; name the file of a training or give --checkpoint FILE')
-        return timm.create_model(name, pretrained=True)
-    if not path.exists():
-        raise ValueError(f'expected the name of a model, a checkpoint or the folder of train.py, got {name}')
+            raise ValueError(
+                f'--checkpoint goes with the name of a model, but {name} is a file or folder; leave one out'
+            )
+        if is_run(name):
+            path = find_checkpoints(path)[-1]
+        elif path.is_dir():
+            return load_model(f'local-dir:{name}')
+        return _check(name, load_checkpoint(path))
+    is_elsewhere = name.startswith(('hf-hub:', 'local-dir:'))
+    if not is_elsewhere and ('/' in name or not timm.is_model(name)):
+        raise ValueError(
+            f'expected the name of a model, a checkpoint, or the folder of train.py or of an export, got {name}'
+        )
+    try:
+        _check(name, timm.create_model(name))
+    except RuntimeError as error:  # no such tag
+        raise ValueError(f'timm cannot make {name}: {error}') from error
     if checkpoint is not None:
-        raise ValueError(f'--checkpoint goes with the name of a model, but {name} is a file or folder; leave one out')
-    return _check(name, load_checkpoint(find_checkpoints(path)[-1] if path.is_dir() else path))
+        return build_model(read_checkpoint(checkpoint), checkpoint, name, {})[0]
+    if not is_elsewhere and not timm.models.get_pretrained_cfg(name).has_weights:
+        raise ValueError(f'{name} has no weights of its own; name the file of a training or give --checkpoint FILE')
+    return timm.create_model(name, pretrained=True)
+
+
+def is_path(name: str) -> bool:
+    """Whether the command line names a file or folder. One that is called MODEL.TAG comes before those weights."""
+    return Path(name).exists() and ('.' in name or not timm.is_model(name))
+
+
+def is_run(name: str) -> bool:
+    """Whether the command line names the folder of train.py, and not one that holds weights and their config."""
+    return is_path(name) and Path(name).is_dir() and not (Path(name) / 'config.json').is_file()
 
 
 def _check(name: str, model: nn.Module) -> nn.Module:

@@ -339,13 +339,19 @@ def _check_head(state_dict: StateDict, model: VisionTransformer, config_classes:
 
 def _check_flattened(state_dict: StateDict, model: VisionTransformer) -> None:
     """Check that a classifier over all tokens finds them in the rows and columns that it was trained with."""
+    saved = _other_grid(model)
+    if saved and {'head.weight', 'fc_norm.weight'} & state_dict.keys():
+        raise ValueError(
+            f'the checkpoint reads a grid of {saved} flattened tokens, and the model has '
+            f'{model.patch_embed.grid_size}; create the model with the img_size of the checkpoint'
+        )
+
+
+def _other_grid(model: VisionTransformer) -> tuple[int, int] | None:
+    """The grid of a checkpoint whose flattened tokens are as many as the model's, in other places; else None."""
     grid = model.patch_embed.grid_size
     saved = saved_grid(model, math.prod(grid))
-    if model.global_pool == 'flatten' and 'head.weight' in state_dict and saved not in (None, grid):
-        raise ValueError(
-            f'the classifier reads a grid of {saved} tokens, and the model has {grid}; '
-            'create the model with the img_size of the checkpoint'
-        )
+    return saved if model.global_pool == 'flatten' and saved != grid else None
 
 
 def _replace_pooling(state_dict: StateDict, model: VisionTransformer) -> StateDict:
@@ -365,6 +371,8 @@ def _replace_pooling(state_dict: StateDict, model: VisionTransformer) -> StateDi
     new = part if model.num_classes > 0 else part[:1]
     own = {key: value for key, value in wanted.items() if key.startswith(new)}
     fitting = {key for key, value in own.items() if key in given and given[key].shape == value.shape}
+    if _other_grid(model):
+        fitting -= {'fc_norm.weight', 'fc_norm.bias'}
     return {**given, **{key: value for key, value in own.items() if key not in fitting}}
 
 

@@ -201,8 +201,9 @@ def _places(name: str, file: str | None) -> Iterator[tuple[Path, str]]:
         if folder:
             yield Path(os.path.expanduser(folder)) / name / FILENAME, f'check {MIRRORS}, or copy the file there again'
     checkout = WEIGHTS.parents[1] / 'benchmarks' / 'weights'
-    if checkout.is_dir():
-        yield checkout / name / FILENAME, 'get it again from the repository of this package'
+    copy = checkout / name / FILENAME
+    if checkout.is_dir() and copy.resolve() != package.resolve():  # and no link to it
+        yield copy, 'get it again from the repository of this package'
 
 
 def _verified(path: Path, sha256: str) -> Path:

@@ -157,7 +157,8 @@ def _scaled_by_number(term: Term, by: Any, is_division: bool) -> Term:
         else:  # a number of something else, such as boxes, seldom is a multiple
             times = divisor / elements if items and _is_whole(divisor / elements) else times
             is_share = _is_whole(times)
-        return replace(term, scale=term.scale / (times if is_share else 1), summed=None)
+        is_mean = is_division or items or math.isclose(divisor, elements)  # or else a weight: the mean is still to come
+        return replace(term, scale=term.scale / (times if is_share else 1), summed=None if is_mean else term.summed)
     return replace(term, scale=term.scale / by) if is_division else replace(term, weight=term.weight * by)
 
 

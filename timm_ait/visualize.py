@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from timm_ait import drawing
 from timm_ait.card import MODES
-from timm_ait.checkpoint import find_checkpoints, label_of, load_model
+from timm_ait.checkpoint import find_checkpoints, is_run, label_of, load_model
 from timm_ait.history import Drift, follow_training, measure_drift, read_memories, write_csv
 from timm_ait.page import Page, visualize
 from timm_ait.pretrained import WeightsError
@@ -91,10 +90,10 @@ def _run(args: argparse.Namespace) -> list[Path]:
     drawing.require_matplotlib()
     model = load_model(args.model, args.checkpoint)
     images = read_images(args.folder, model, args.images)
-    is_run = not timm.is_model(args.model) and Path(args.model).is_dir()
-    drift = _drift(args.checkpoints or ([Path(args.model)] if is_run else []))
+    run = Path(args.model) if is_run(args.model) else None
+    drift = _drift(args.checkpoints or ([run] if run else []))
     args.out.mkdir(parents=True, exist_ok=True)  # before the long work
-    history = follow_training(Path(args.model), images) if is_run else []
+    history = follow_training(run, images) if run else []
     page = visualize(model, images, title=args.model, pictures=args.pictures, drift=drift, history=history)
     written = [args.out / 'memory.html']
     written[0].write_text(page, encoding='utf-8')

@@ -399,7 +399,9 @@ class GlobalWorkspace(nn.Module):
             ValueError: If the layer changes its memory in evaluation too.
         """
         if self.write_mode == 'always':
-            raise ValueError("only a workspace that reads alone can be fused, got write_mode='always'; take 'train'")
+            raise ValueError(
+                "write_mode='always' writes in evaluation too, and can be neither fused nor scripted; take 'train'"
+            )
         if self.has_copies() or self.overrides('forward', 'look_up', 'feed_forward', 'slots', 'read', 'attractors'):
             return self
         return FusedWorkspace(self)
@@ -526,5 +528,5 @@ class GlobalWorkspace(nn.Module):
             f'slots=({self.num_slots}, {self.slot_dim}), write_heads={self.write_heads}, bottleneck={self.bottleneck}, '
             f'memory_decay={self.memory_decay:g}, balance_weight={self.balance_weight:g}, '
             f'write_mode={self.write_mode!r}, write_grad={self.write_grad}, write_rule={self.write_rule!r}, '
-            f'write_scope={self.write_scope!r}'
+            f'write_scope={self.write_scope!r}, retrieval_scale={self.retrieval_scale}'
         )
