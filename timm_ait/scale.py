@@ -13,6 +13,7 @@ the balance loss must follow, and to weigh or average terms inside the loss, whi
   other terms may stand beside the sum, and sums of several forwards share the samples evenly;
 - terms of several forwards whose weights add up to 1 are averaged: n forwards have 1/n each;
 - n losses of one kind, summed and divided by n, are averaged: ``(loss(x, y) + loss(x.T, y)) / 2`` has 1;
+- a number that multiplies a sum before that division is a weight; a share of sums, as in dice, is no sum;
 - a loss that meets larger outputs again, as in ``x - x.mean()``, was a statistic of them, and no loss;
 - the sign does not matter, and neither does a term that is no loss.
 
@@ -42,6 +43,8 @@ MOVES = frozenset(
     'expand expand_as get t transpose permute movedim flip roll getitem select narrow index_select split chunk unbind '
     'neg stack cat setitem copy index_put index_copy scatter masked_scatter'.split()
 )
+# What these make of a sum is no sum, and is not averaged.
+CURVES = frozenset('pow square sqrt rsqrt reciprocal exp expm1 log log1p log2 log10'.split())
 # These sum over elements.
 SUMS = frozenset('sum nansum dot vdot inner matmul rmatmul einsum tensordot trace'.split())
 
@@ -135,6 +138,10 @@ class Loss:
     def _forwards(self) -> frozenset[Forward]:
         return frozenset().union(*(term.forwards for term in self.terms))
 
+    def averaged(self) -> 'Loss':
+        """The loss as one term that no later division averages."""
+        return replace(self, terms=(replace(_merge(self.terms), summed=None),))
+
     def scaled(self, by: Any, is_division: bool) -> 'Loss':
         """The loss times ``by``, a number or a tensor, or divided by it."""
         if isinstance(by, Tensor) and (by.requires_grad or by.numel() != 1):
@@ -225,7 +232,9 @@ def follow(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: li
         elif op == 'mean' and result.numel() == 1:
             loss = loss.scaled(loss.size, is_division=True)
             if tracked[0].ndim > 0:  # of one sample too: what divides it from now on scales it
-                loss = replace(loss, terms=tuple(replace(term, summed=None) for term in loss.terms))
+                loss = loss.averaged()
+        elif op in CURVES or (op in ('mul', 'div') and (is_inverse or len(losses) > 1)):
+            loss = loss.averaged()
         return Track(forwards, kind, replace(loss, size=1) if result.numel() == 1 else loss)
     for part in (part for loss in losses for part in loss.parts):
         part.is_statistic = True
@@ -272,7 +281,7 @@ def _merge(terms: tuple[Term, ...]) -> Term:
         return replace(merged, scale=1 / n, weight=1.0)  # a mean over forwards, each with its share of the samples
     if is_alike and is_even and math.isclose(n * first.scale * first.weight, 1):
         return replace(merged, scale=1.0, weight=1.0)
-    if is_alike and is_even and not merged.summed:
+    if is_alike and is_even and not merged.summed and not any(term.factor is not None for term in terms):
         return replace(merged, summed=(n, n), is_sum_of_losses=True)
     return merged
 
