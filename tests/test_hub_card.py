@@ -136,9 +136,9 @@ def test_the_facts_on_a_card_are_those_of_the_model_and_of_its_results(tmp_path:
 
 
 def test_a_recipe_says_what_was_given_and_no_default_of_a_rare_option(tmp_path: Path) -> None:
-    given = dict(opt='adamw', no_aug=True, aug_repeats=3, mixup_mode='elem', bce_sum=True, kd_model_name='resnet18')
+    given = dict(opt='adamw', no_aug=True, aug_repeats=3, mixup_mode='elem', bce_sum=True)
     defaults = dict(remode='pixel', recount=1, lr_cycle_limit=1, decay_milestones=[90, 180, 270], jsd_loss=False)
-    args = {'model': 'test_ait', **given, **defaults, 'mean': None}
+    args = {'model': 'test_ait', **given, **defaults, 'mean': None, 'kd_model_name': 'local-dir:/home/somebody/teacher'}
     torch.save({'state_dict': make_model().state_dict(), 'args': {**args, 'model_kwargs': ARGS}}, tmp_path / 'last.pth')
     folder = hub.export(tmp_path / 'last.pth', tmp_path / NAME)
     recipe = yaml.safe_load((folder / 'args.yaml').read_text())

@@ -356,5 +356,6 @@ def _recipe(args: dict[str, Any]) -> str:
     """Write the arguments of a run that train.py was given, as YAML; '' if they are not of a run."""
     rare = [key for key, default in RARE.items() if args.get(key) not in (None, default)]
     values = {key: args.get(key) for key in (*RECIPE, *rare)}
+    values = {key: x for key, x in values.items() if not str(x).startswith('local-dir:')}  # a path
     given = {key: x for key, x in values.items() if x not in (None, '', {}, (), []) and x is not False}  # but keep 0
     return str(yaml.safe_dump(given, sort_keys=False)) if 'opt' in given else ''

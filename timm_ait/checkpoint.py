@@ -201,7 +201,7 @@ def load_checkpoint(path: Path) -> nn.Module:
 
 
 def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
-    """The model that the command line names: by its name in timm, by a checkpoint, or by the folder of train.py.
+    """The model that the command line names: a name in timm, a checkpoint, or the folder of train.py or of an export.
 
     Raises:
         ValueError: If there is no such model, or if it has no memory.

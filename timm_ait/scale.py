@@ -281,7 +281,7 @@ def _merge(terms: tuple[Term, ...]) -> Term:
         return replace(merged, scale=1 / n, weight=1.0)  # a mean over forwards, each with its share of the samples
     if is_alike and is_even and math.isclose(n * first.scale * first.weight, 1):
         return replace(merged, scale=1.0, weight=1.0)
-    if is_alike and is_even and not merged.summed and not any(term.factor is not None for term in terms):
+    if is_alike and is_even and not merged.summed and all(term.factor is None for term in terms):
         return replace(merged, summed=(n, n), is_sum_of_losses=True)
     return merged
 

@@ -65,7 +65,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog='python -m timm_ait.visualize', description=(__doc__ or '').partition('\n')[0]
     )
     add = parser.add_argument
-    add('model', help='name of a model, a checkpoint of train.py, or the folder that train.py has written')
+    add('model', help='name of a model, a checkpoint of train.py, or the folder that train.py or an export has written')
     add('folder', type=Path, help='images, in subfolders or not')
     add('--checkpoint', type=Path, help='weights for a model that is given by name')
     add(
