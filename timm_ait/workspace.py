@@ -400,7 +400,8 @@ class GlobalWorkspace(nn.Module):
         """
         if self.write_mode == 'always':
             raise ValueError(
-                "write_mode='always' writes in evaluation too, and can be neither fused nor scripted; take 'train'"
+                'a workspace that writes in evaluation cannot be fused or scripted, '
+                "got write_mode='always'; take 'train'"
             )
         if self.has_copies() or self.overrides('forward', 'look_up', 'feed_forward', 'slots', 'read', 'attractors'):
             return self
