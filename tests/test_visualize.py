@@ -430,9 +430,6 @@ def test_an_image_that_is_too_large_is_named(tmp_path: Path, monkeypatch: pytest
         visualize.read_images(tmp_path, timm.create_model('test_ait'), 1)
 
 
-EXPECTED = 'expected the name of a model, a checkpoint, or the folder of train.py or of an export'
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
