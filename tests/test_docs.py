@@ -188,7 +188,7 @@ def test_every_public_name_is_on_the_page_of_the_api() -> None:
     import timm_ait
 
     first, *_ = (ROOT / 'docs' / 'api.md').read_text().split('\n## ')
-    assert set(re.findall(r'^ +- (\w+)$', first, re.MULTILINE)) == set(timm_ait.__all__)
+    assert set(re.findall(r'^(?: +- |::: timm_ait\.)(\w+)$', first, re.MULTILINE)) == set(timm_ait.__all__)
 
 
 def test_the_readme_begins_with_what_it_is_and_its_two_commands() -> None:

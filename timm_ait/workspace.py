@@ -12,40 +12,22 @@ image compete for a copy of the memory: then gates, reads and memories have one 
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import check_limits
-from .balance import attach, hand_out, is_backward_running
-from .distributed import is_distributed, merge_ranks, sum_over_ranks
+from .balance import attach, is_backward_running
 from .fused import FusedWorkspace
 from .hopfield import HopfieldRetrieval
 from .layers import OutputNorm, call_wide, is_plain, orthogonalise, rms_norm, unit_rows, without_autocast
-from .replay import Replay, out_of_sight, snapshot
+from .replay import snapshot
 from .selection import Selection, gather, gather_per_image, load_balance_loss, top_logits, top_logits_per_image
+from .state import MemoryState, MemoryWrite
 
-__all__ = ['GlobalWorkspace', 'MemoryWrite', 'squash']
-
-
-class MemoryWrite(NamedTuple):
-    """What one batch does to the memory.
-
-    Attributes:
-        memory: (..., M, D) the memory after the write; without graph unless ``write_grad``.
-        balance_loss: () the weighted balance loss of this write, differentiable.
-        before: (M, D) the memory before the write.
-        heads: (..., S, M, D) what each head has read for each slot, without graph.
-        lse: (..., S, M) log-sum-exp of the logits behind ``heads``: their weight beside those of other ranks.
-    """
-
-    memory: Tensor
-    balance_loss: Tensor
-    before: Tensor
-    heads: Tensor
-    lse: Tensor
+__all__ = ['GlobalWorkspace', 'squash']
 
 
 def squash(h: Tensor) -> Tensor:
@@ -53,15 +35,15 @@ def squash(h: Tensor) -> Tensor:
     return h.flatten(0, -2)
 
 
-class GlobalWorkspace(nn.Module):
+class GlobalWorkspace(MemoryState):
     """Feed-forward layer of an Associative Transformer block; called by keyword, it stands in for timm's ``Mlp``.
 
     With ``h = LN(W2 GELU(W1 x))`` the layer returns ``h + r``: tokens write into the memory through top-k attention,
     and ``r = softmax(beta h a^T) a`` retrieves, for every token, from the attractors ``a = W_LT gamma + b``.
 
-    The state is one buffer, ``memory`` (M, D), in float32 or wider, whatever the dtype of the model. A forward changes
-    it in :meth:`store` alone. A read from it normalises its rows. Like the statistics of a BatchNorm it moves in
-    training mode, under ``torch.no_grad`` too, but not in a layer whose parameters are all frozen.
+    The state is one buffer, ``memory`` (M, D), see `state.py`. A read from it normalises its rows. Like the statistics
+    of a BatchNorm it moves in training mode, under ``torch.no_grad`` too, but not in a layer whose parameters are all
+    frozen.
 
     In training mode the layer adds the gradient of its balance loss to any backward pass through it, see `balance.py`.
     ``auto_balance = False`` turns that off.
@@ -108,8 +90,6 @@ class GlobalWorkspace(nn.Module):
         ValueError: For an argument out of range, and for a rule that does not go with the scope.
     """
 
-    memory: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -135,17 +115,12 @@ class GlobalWorkspace(nn.Module):
         dtype: Any = None,
     ) -> None:
         check_limits(locals())
-        super().__init__()
-        self.num_slots, self.slot_dim, self.write_heads = num_slots, slot_dim, write_heads
-        self.bottleneck, self.memory_decay, self.balance_weight = bottleneck, memory_decay, balance_weight
-        self.write_mode, self.write_grad, self.retrieval_scale = write_mode, write_grad, retrieval_scale
-        self.write_rule, self.write_scope = write_rule, write_scope
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_slots, slot_dim, balance_weight, write_mode, write_rule, write_scope, **dd)
+        self.in_features, self.write_heads, self.bottleneck = in_features, write_heads, bottleneck
+        self.memory_decay, self.write_grad, self.retrieval_scale = memory_decay, write_grad, retrieval_scale
         if write_rule == 'additive' and write_scope != 'image':
             raise ValueError(f"write_rule='additive' needs write_scope='image', got {write_scope!r}; give both")
-        self.in_features = in_features
-        self.auto_balance = True
-        self.process_group: Any = None
-        dd = {'device': device, 'dtype': dtype}
         hidden_features = hidden_features or in_features
 
         # feed-forward part, normalised on its output
@@ -162,16 +137,12 @@ class GlobalWorkspace(nn.Module):
         self.value = nn.Linear(in_features, write_heads * slot_dim, bias=False, **dd)
         self.proj = nn.Linear(write_heads * slot_dim, slot_dim, bias=False, **dd)
         self.write_norm = nn.LayerNorm(slot_dim, eps=1e-6, **dd)
-        # explicit memory
-        memory_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        self.register_buffer('memory', torch.empty(num_slots, slot_dim, device=device, dtype=memory_dtype))
         # linear transform W_LT from the width of a slot to the width of a token, and Hopfield retrieval
         self.linear_transform = nn.Linear(slot_dim, in_features, **dd)
         self.retrieval = HopfieldRetrieval(beta, retrieval_steps)
         has_gain = retrieval_scale is not None or write_rule != 'published'
         self.scale = nn.Parameter(torch.empty(in_features, **dd)) if has_gain else None
 
-        self.replay = Replay()
         self.reset_parameters()
         self.freeze_untrained()
 
@@ -353,10 +324,6 @@ class GlobalWorkspace(nn.Module):
         new = unit_rows(torch.lerp(memory.expand_as(update), update, 1 - self.memory_decay))
         return orthogonalise(new) if self.write_rule == 'distinct' else new
 
-    def has_copies(self) -> bool:
-        """Whether every image writes and reads its own copy of the memory."""
-        return self.write_scope == 'image' and self.write_mode != 'never'
-
     def copy_memory(self, h: Tensor) -> Tensor:
         """The copies (B, M, D) that the images of the tokens ``h`` (B, N, E) write: :meth:`write` for TorchScript."""
         B, S, memory = len(h), self.write_heads, self.memory.to(h.dtype)
@@ -411,78 +378,11 @@ class GlobalWorkspace(nn.Module):
         """Whether the class of this layer has one of these methods of its own."""
         return any(getattr(type(self), name) is not getattr(GlobalWorkspace, name) for name in methods)
 
-    def store(self, write: MemoryWrite, x: Tensor) -> None:
-        """Store the memory after a write of the tokens ``x``; the only place where a forward changes the memory.
-
-        In distributed training it is the memory that one write of the tokens of all ranks leaves, or the mean direction
-        of the copies of all images on all ranks.
-        """
-        if getattr(self, '_is_replica', False):
-            raise ValueError('DataParallel loses what its replicas write into the memory; use DistributedDataParallel')
-        has_other_ranks = is_distributed(self.process_group)
-        with torch.no_grad(), out_of_sight():
-            memory = write.memory
-            if self.write_rule == 'additive' or (x.numel() == 0 and not has_other_ranks):
-                memory = write.before
-            elif self.has_copies():
-                memory = memory.sum(dim=0)  # its direction counts, its length does not
-                if has_other_ranks:
-                    memory = sum_over_ranks(memory, self.process_group)
-                    memory = torch.where(memory.any(), memory, write.before)  # zeros, where no rank has an image
-                memory = F.normalize(memory, dim=-1)
-                memory = orthogonalise(memory) if self.write_rule == 'distinct' else memory
-            elif has_other_ranks:  # NOTE the authors' DataParallel keeps the write of one replica
-                memory = self.update(write.before, merge_ranks(write.heads, write.lse, self.process_group))
-            self.memory.copy_(memory)
-            self.replay.note(write.before, write.balance_loss, x, is_automatic=self.adds_balance_loss())
-
-    def is_writing(self) -> bool:
-        """Whether a forward would write, in the present mode."""
-        if self.write_mode == 'always':
-            return True
-        # NOTE the authors write in evaluation too: write_mode='always'.
-        return self.training and self.write_mode == 'train' and not self._is_frozen()
-
-    def _is_frozen(self) -> bool:
-        """Whether the layer has parameters, and all are frozen. FSDP1 and DataParallel keep them elsewhere."""
-        if any(p.requires_grad for p in self.parameters()):
-            return False
-        parameters = list(self.parameters())
-        if torch.compiler.is_compiling():
-            return bool(parameters)
-        if any(map(torch._C._functorch.is_gradtrackingtensor, parameters)):
-            return False  # torch.func.jvp: what it differentiates by requires no gradient
-        if any(map(torch._C._functorch.is_batchedtensor, parameters)):
-            raise ValueError(
-                'torch.func.vmap over models hides whether their parameters are trained, and writes no memory; call '
-                'eval() on the model, or train one model after the other'
-            )
-        return bool(parameters)
-
-    def adds_balance_loss(self) -> bool:
-        """Whether a backward pass through the next forward would add the gradient of its balance loss."""
-        return self.training and self.auto_balance and self.balance_weight > 0 and self.is_writing()
-
-    def balance_loss(self) -> Tensor:
-        """Balance loss () of the last write: weighted and differentiable, zero where there was no write.
-
-        With ``auto_balance`` it is differentiable as long as the output of that forward lives. A backward pass of a
-        loss that it was added to does not add its gradient a second time.
-        """
-        loss = self.replay.balance_loss()
-        if loss is None:
-            return self.memory.new_zeros(())
-        return hand_out(loss) if self.auto_balance else loss
-
     def reset_parameters(self) -> None:
         """Start from the first memory, and from the initial scale."""
         self.reset_memory()
         if self.scale is not None:
             nn.init.constant_(self.scale, 1.0 if self.retrieval_scale is None else self.retrieval_scale)
-
-    def reset_memory(self) -> None:
-        """Forget: random slots N(0, 1) as the authors have them, or orthogonal ones with another rule than theirs."""
-        (nn.init.normal_ if self.write_rule == 'published' else nn.init.orthogonal_)(self.memory)
 
     def init_weights(self) -> None:
         """Initialise what the paper adds to a feed-forward layer as the authors do: by PyTorch's defaults.
@@ -509,20 +409,6 @@ class GlobalWorkspace(nn.Module):
         for layer, is_trained in trained.items():
             if not is_trained or self.write_mode == 'never':
                 layer.requires_grad_(False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'GlobalWorkspace':
-        """Move or cast the module, but never narrow the memory below float32: a write moves it by small steps."""
-        before = self.memory
-        super()._apply(fn, recurse)
-        if self.memory.dtype in (torch.float16, torch.bfloat16):
-            self.memory = before.to(self.memory.device)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load the layer. With ``assign=True`` a narrow memory would take the place of this one."""
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.memory.dtype in (torch.float16, torch.bfloat16):
-            self.memory = self.memory.float()
 
     def extra_repr(self) -> str:
         return (
