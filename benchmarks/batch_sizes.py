@@ -18,7 +18,8 @@ import tables
 import timm
 import torch
 from contenders import LoopedWorkspace
-from loop import Data, Settings, accuracy, predict
+from images import Data
+from loop import Settings, accuracy, predict
 from record import check_new, told, write_record
 from torch import nn
 

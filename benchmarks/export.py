@@ -21,7 +21,8 @@ from statistics import median
 
 import timm
 import torch
-from loop import accuracy, sample_folder
+from images import sample_folder
+from loop import accuracy
 from record import positive, told, write_record
 from timm.utils import reparameterize_model
 from torch import Tensor, nn

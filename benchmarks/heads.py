@@ -16,7 +16,7 @@ from typing import Any
 
 import timm
 import torch
-from loop import sample_folder
+from images import sample_folder
 from record import check_device, check_new, positive, told, write_record
 from timm.utils import AttentionExtract
 from torch import Tensor, nn

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loop import Settings, checksums, evaluate, fit, load
+from images import checksums, load
+from loop import Settings, evaluate, fit
 from record import check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
 from variants import ADDITIVE, IMAGE, NoMemory, WholeCopy, WideGain

@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from loop import sample_folder
+from images import sample_folder
 from record import positive, told
 from torch.utils.data import DataLoader
 

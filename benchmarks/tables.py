@@ -24,7 +24,8 @@ from typing import Any
 import ablations
 import baselines
 import torch
-from loop import Data, Run, Settings, checksums, evaluate, fit, load
+from images import Data, checksums, load
+from loop import Run, Settings, evaluate, fit
 from mixers import check_heads
 from record import check_device, check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of

@@ -19,7 +19,8 @@ from typing import Any
 
 import timm
 import torch
-from loop import Settings, evaluate, fit, load
+from images import load
+from loop import Settings, evaluate, fit
 from record import check_new, positive, told, write_record
 from safetensors.torch import save_file
 from torch import Tensor

@@ -13,8 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from loop import DivergedError, Settings, augment, evaluate, fit, load, normalize, turn, weight_sum
-from PIL import Image
+from loop import DivergedError, Settings, evaluate, fit, normalize, weight_sum
 from record import write_whole
 from runs import run_each
 from torch import Tensor, nn
@@ -175,23 +174,6 @@ def test_a_damaged_checkpoint_or_one_of_other_images_is_refused(tmp_path: Path) 
     torch.save(torch.zeros(3), path)
     with pytest.raises(ValueError, match=r'run\.pt lacks .*: an older version wrote it; remove the file'):
         fit(make_linear(), (pixels, labels), settings, path)
-
-
-def save_images(folder: Path, sides: dict[str, int]) -> Path:
-    for name, side in sides.items():
-        (folder / name).mkdir(parents=True)
-        Image.new('RGB', (side, side)).save(folder / name / '0.png')
-    return folder
-
-
-def test_images_of_other_classes_or_sizes_are_refused(tmp_path: Path) -> None:
-    train = save_images(tmp_path / 'train', {'ant': 8, 'bee': 8, 'cat': 9})
-    with pytest.raises(ValueError, match=r'expected images of one size in .*train, got \(8, 8\) and \(9, 9\)'):
-        load(train, 0, 1)
-    test = save_images(tmp_path / 'test', {'bee': 8, 'cat': 8})
-    for folder in (train, test):
-        with pytest.raises(ValueError, match=r"has the classes \['.*'\], other ones than .*(train|test)$"):
-            load(folder, 0, 1)
 
 
 def test_after_a_run_that_diverged_the_others_follow(capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,39 +400,3 @@ def test_training_sees_the_images_as_the_settings_change_them(what: str) -> None
     which = torch.stack([(torch.cat(seen)[:, None] == one).flatten(2).all(-1).any(-1) for one in allowed])
     assert which.any(0).all()
     assert which.any(1).sum() > len(allowed) // 2  # more than half of all changes occur
-
-
-def test_an_image_is_moved_with_its_edge_reflected() -> None:
-    x = images()[0]
-    padded = F.pad(x.float(), (2, 2, 2, 2), mode='reflect').to(torch.uint8)
-    moves = [(dy, dx) for dy in range(5) for dx in range(5)]
-    crops = torch.stack([padded[:, :, dy : dy + SIDE, dx : dx + SIDE] for dy, dx in moves], dim=1)
-    torch.manual_seed(0)
-    matches = (augment(x, flip=False, shift=2)[:, None] == crops).flatten(2).all(-1)  # (N, 25)
-    assert matches.sum(-1).tolist() == [1] * N
-    assert matches.any(0).sum() > 7  # each image has its own move
-
-
-def test_an_image_is_moved_as_far_as_the_limit_in_each_direction() -> None:
-    x = torch.arange(SIDE * SIDE).view(1, 1, SIDE, SIDE).expand(1000, 1, -1, -1)
-    torch.manual_seed(0)
-    middle = augment(x, flip=False, shift=2)[:, 0, 4, 4]
-    assert middle.unique().tolist() == [SIDE * (4 + dy) + 4 + dx for dy in range(-2, 3) for dx in range(-2, 3)]
-
-
-def test_half_of_the_images_are_mirrored() -> None:
-    x = torch.arange(3).expand(1000, 2, 5, 3)
-    torch.manual_seed(0)
-    y = augment(x, flip=True, shift=0)
-    mirrored = (y == x.flip(-1)).flatten(1).all(1)
-    assert torch.equal(mirrored, ~(y == x).flatten(1).all(1))
-    assert 400 < mirrored.sum() < 600
-
-
-def test_each_image_is_turned_by_its_own_quarters() -> None:
-    x = torch.arange(9).view(3, 3).expand(1000, 2, 3, 3)
-    torch.manual_seed(0)
-    y = turn(x)
-    matches = torch.stack([(y == x.rot90(quarters, dims=(-2, -1))).flatten(1).all(1) for quarters in range(4)])
-    assert torch.equal(matches.sum(0), torch.ones(1000, dtype=torch.long))
-    assert 200 < matches.sum(1).min()

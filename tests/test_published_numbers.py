@@ -16,7 +16,8 @@ import tables
 import timm
 import torch
 import upcycle
-from loop import Settings, load, sample_folder, weight_sum
+from images import load, sample_folder
+from loop import Settings, weight_sum
 from PIL import Image
 from runs import count_parameters
 from torch import Tensor, nn
