@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from variants import (
     ADDITIVE,
     IMAGE,
+    CompetingSlots,
     CrossAttentionRead,
     FaintLogits,
     NoMemory,
@@ -74,6 +75,14 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_additive': Ablation('a copy for each image that adds what it reads', args=ADDITIVE),
     'ait_image_logits': Ablation("ait_image with the logits of 'additive'", UnitLogits, IMAGE),
     'ait_additive_sum': Ablation('ait_additive with the logits of ait_image', FaintLogits, ADDITIVE),
+    'ait_image_competing': Ablation('ait_image with slots that compete for tokens', CompetingSlots, IMAGE),
+    'ait_additive_competing': Ablation('ait_additive with slots that compete for tokens', CompetingSlots, ADDITIVE),
+    'ait_beta_4': Ablation('beta 4 in the place of 1', args=dict(beta=4.0)),
+    'ait_slots_128': Ablation('128 slots in the place of 32', args=dict(num_slots=128)),
+    'ait_slot_dim_8': Ablation('slots of width 8 in the place of 32', args=dict(slot_dim=8)),
+    'ait_bottleneck_64': Ablation('slots read 64 tokens in the place of 512', args=dict(bottleneck=64)),
+    'ait_decay_half': Ablation('a decay of 0.5 in the place of 0.9', args=dict(memory_decay=0.5)),
+    'ait_steps_3': Ablation('three steps of the retrieval in the place of one', args=dict(retrieval_steps=3)),
 }
 ABLATIONS |= {
     f'ait_no_attention{name.removeprefix("ait")}': replace(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from timm_ait import GlobalWorkspace
 from timm_ait.layers import rms_norm
+from timm_ait.selection import Selection
 
 IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_decay=0.5)
 ADDITIVE: dict[str, Any] = dict(write_rule='additive', write_scope='image')
@@ -99,3 +100,17 @@ class FaintLogits(GlobalWorkspace):
     def address(self, memory: Tensor) -> Tensor:
         """What W_Q reads for the slots (M, D)."""
         return memory
+
+
+class CompetingSlots(GlobalWorkspace):
+    """Slots compete for tokens, as in slot attention (Locatello et al., arXiv:2006.15055): a softmax over the slots.
+
+    Each slot then takes the k tokens of which it has the largest shares, and weighs them by these.
+    """
+
+    def select(self, memory: Tensor, h: Tensor, keys: Tensor | None = None) -> Selection:
+        """Slots (M, D) and tokens (..., T, E): gates and numbers (..., S, M, k)."""
+        logits = self.fold_queries(memory) @ h.to(memory.dtype).unsqueeze(-3).mT  # (..., S, M, T)
+        shares, tokens = logits.softmax(dim=-2).topk(min(self.bottleneck, h.shape[-2]), dim=-1, sorted=False)
+        total = shares.sum(dim=-1, keepdim=True)
+        return Selection(shares / total, tokens, total.detach().squeeze(-1).log())

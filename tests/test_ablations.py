@@ -121,6 +121,37 @@ def test_the_logits_of_additive_vary_ten_times_as_much_as_those_of_image() -> No
     assert spread['ait_additive'] > 10 * spread['ait_image']
 
 
+@pytest.mark.parametrize('name', ['ait_image_competing', 'ait_additive_competing'])
+def test_slots_that_compete_share_each_token_among_them(name: str) -> None:
+    layer, h = tiny(name).blocks[0].mlp.double(), torch.randn(B, N, E).double()
+    shares = (layer.fold_queries(layer.memory) @ h[1].t()).softmax(dim=1)  # (S, M, N), over the slots
+    layer.bottleneck = 4
+    selection = layer.select(layer.memory, h)
+    largest, tokens = shares[0, 2].sort(descending=True)
+    assert selection.tokens[1, 0, 2].sort().values.tolist() == tokens[:4].sort().values.tolist()
+    found = selection.gates[1, 0, 2].sort(descending=True).values
+    torch.testing.assert_close(found, largest[:4] / largest[:4].sum())
+    torch.testing.assert_close(selection.lse[1, 0, 2], largest[:4].sum().log())
+
+
+@pytest.mark.parametrize(
+    ('name', 'values'),
+    {
+        'ait': (1, 32, 32, 512, 0.9, 1),
+        'ait_beta_4': (4, 32, 32, 512, 0.9, 1),
+        'ait_slots_128': (1, 128, 32, 512, 0.9, 1),
+        'ait_slot_dim_8': (1, 32, 8, 512, 0.9, 1),
+        'ait_bottleneck_64': (1, 32, 32, 64, 0.9, 1),
+        'ait_decay_half': (1, 32, 32, 512, 0.5, 1),
+        'ait_steps_3': (1, 32, 32, 512, 0.9, 3),
+    }.items(),
+)
+def test_rows_of_other_sizes_differ_in_one_number(name: str, values: tuple[float, ...]) -> None:
+    layer = ablations.create(name, **TINY).blocks[0].mlp
+    sizes = layer.num_slots, layer.slot_dim, layer.bottleneck
+    assert (layer.beta, *sizes, layer.memory_decay, layer.retrieval_steps) == values
+
+
 def test_in_training_a_memory_of_the_batch_alone_mixes_images() -> None:
     changed = images()
     changed[0] *= -1
