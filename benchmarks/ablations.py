@@ -109,7 +109,7 @@ def create(
     question_dim: int = 0,
     pos_embed: bool = False,
     head: str = 'flatten',
-    **sizes: Any,
+    **given: Any,
 ) -> nn.Module:
     """Make a model, with the arguments of :func:`baselines.create`.
 
@@ -122,21 +122,23 @@ def create(
         question_dim: Bits of a question, 0 for no questions.
         pos_embed: Whether tokens say where they are. In the paper they do not.
         head: What the classifier reads: 'flatten' for all tokens, as in the paper, or 'avg' for their mean.
-        sizes: Instead of those of AiT-Small; other keywords of the model.
+        given: Sizes instead of those of AiT-Small; other keywords of the model.
 
     Raises:
-        ValueError: For an unknown name or head.
+        ValueError: For an unknown name or head, and for a keyword that the model sets itself.
     """
     if name not in NAMES:
         raise ValueError(f'expected a name out of {NAMES}, got {name!r}')
     if head not in HEADS:
         raise ValueError(f'expected a head out of {HEADS}, got {head!r}')
-    sizes = {**SIZES, **sizes}
+    sizes = {**SIZES, **given}
     if name == REGISTERS:
         stem = Stem(img_size, patch_size, in_chans, sizes['embed_dim'], pos_embed, question_dim)
         last = Head(head, stem.num_tokens, sizes['embed_dim'], num_classes)
         return Baseline(stem, RegisterViT(**sizes), last)
     ablation = ABLATIONS[name]
+    if fixed := sorted(ablation.args.keys() & given.keys()):
+        raise ValueError(f'{name} sets {", ".join(fixed)} itself; leave it out')
     if question_dim:
         sizes['question_dim'] = question_dim
     base = RelationalTransformer if question_dim else AssociativeTransformer

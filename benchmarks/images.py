@@ -90,7 +90,8 @@ def augment(images: Tensor, flip: bool, shift: int) -> Tensor:
     if flip:
         x = torch.where(torch.rand(B, 1).to(x.device) < 0.5, x, x.flip(-1))
     image = torch.arange(B, device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[image, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    moved = images.permute(0, 2, 3, 1)[image, y[:, :, None], x[:, None, :]]  # (B, C, H, W) -> (B, H, W, C)
+    return moved.permute(0, 3, 1, 2)
 
 
 def turn(images: Tensor) -> Tensor:

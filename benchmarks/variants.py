@@ -51,7 +51,8 @@ class WholeCopy(GlobalWorkspace):
 
     def update(self, memory: Tensor, heads: Tensor) -> Tensor:
         """The rule 'distinct' without centring and orthogonalisation: (M, D), (B, S, M, D) -> (B, M, D)."""
-        update = self.write_norm(self.proj(heads.transpose(-3, -2).flatten(-2)) + memory)
+        heads = heads.transpose(-3, -2).flatten(-2)  # (B, S, M, D) -> (B, M, S*D)
+        update = self.write_norm(self.proj(heads) + memory)
         new = torch.lerp(memory.expand_as(update), F.normalize(update, dim=-1), 1 - self.memory_decay)
         return F.normalize(new, dim=-1)
 

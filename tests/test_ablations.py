@@ -23,7 +23,8 @@ SLOTS: dict[str, Any] = dict(num_slots=7, slot_dim=13, write_heads=2)
 
 def tiny(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    slots = dict(num_slots=7) if name == ablations.REGISTERS else SLOTS
+    fixed = ablations.ABLATIONS[name].args if name in ablations.ABLATIONS else {'slot_dim': 0, 'write_heads': 0}
+    slots = {key: value for key, value in SLOTS.items() if key not in fixed}
     return ablations.create(name, **{**TINY, **slots, **changes}).train()
 
 
@@ -281,6 +282,8 @@ def test_a_wrong_name_or_head_is_named() -> None:
         tiny('ait', head='pma')
     with pytest.raises(TypeError, match='slots'):
         tiny('ait', slots=3)
+    with pytest.raises(ValueError, match='ait_slots_128 sets num_slots itself; leave it out'):
+        tiny('ait_slots_128', num_slots=7)
 
 
 def test_every_ablation_is_a_workspace_of_the_package() -> None:

@@ -248,6 +248,7 @@ SCALED: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     'a stack, summed': (lambda x: torch.stack([ce(x) / 4, z(x) / 4]).sum(), 1 / 4),
     'a loss added to a scaled tensor in place': (lambda x: torch.zeros(()).add_(ce(x)) / 4, 1 / 4),
     'a constant taken off': (lambda x: ce(x) / 4 - 0.5, 1 / 4),
+    'accumulation beside a term with the weight 0': (lambda x: ce(x) / 4 + 0 * z(x), 1 / 4),
     'nothing': (lambda x: 0 * ce(x), 0),
 }
 
@@ -283,11 +284,23 @@ def test_a_target_without_gradient_stays_a_plain_tensor() -> None:
     assert type(seen) is Tensor
 
 
-def test_a_vector_and_a_cached_gradient_count_once() -> None:
+UNFOLLOWED = r'could not follow how the last loss .* took 1 for the scale of its balance loss\. It saw no accumulation'
+
+
+def test_a_vector_and_a_cached_gradient_count_once_and_the_next_forward_says_so() -> None:
     for start in (lambda x: ce(x, reduction='none').backward(WEIGHTS), lambda x: x.backward(ONE_HOT)):
         model = Model()
         start(model())
         assert model.factor() == pytest.approx(1)
+        with pytest.warns(UserWarning, match=UNFOLLOWED):
+            model()
+
+
+@pytest.mark.filterwarnings('error')
+def test_the_gradient_of_images_alone_needs_no_scale() -> None:
+    model, images = Model(), torch.randn(B, C, requires_grad=True)
+    torch.autograd.grad(track(images * attach(torch.ones(()), model.balance)), images, ONE_HOT)
+    model()
 
 
 NORMED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -483,6 +496,7 @@ def test_the_output_is_no_view_so_that_an_operation_in_place_keeps_its_hooks() -
         assert not output._is_view()
 
 
+@pytest.mark.filterwarnings(f'ignore:.*{UNFOLLOWED}')
 def test_a_second_pass_that_cannot_be_followed_is_told_at_the_next_forward() -> None:
     model = Model()
     x = model()
@@ -495,22 +509,37 @@ def test_a_second_pass_that_cannot_be_followed_is_told_at_the_next_forward() -> 
         model()
 
 
-def test_a_scale_that_cannot_be_followed_is_told_where_a_scaler_is_likely() -> None:
+def test_behind_a_layer_in_another_model_the_missing_scale_is_told_where_a_scaler_is_likely() -> None:
     model = Model()
     with torch.autocast('cpu', torch.float16):
-        x = model()
+        x = attach(model.weight * 2, model.balance * 1)
     x.float().backward(ONE_HOT)
-    with pytest.warns(UserWarning, match='took 1 for the scale of its balance loss'):
+    with pytest.warns(UserWarning, match=UNFOLLOWED):
         model()
 
 
 @pytest.mark.filterwarnings('error')
-def test_a_scale_that_cannot_be_followed_is_not_told_where_no_scaler_is_likely() -> None:
+def test_behind_a_layer_in_another_model_it_is_not_told_where_no_scaler_is_likely() -> None:
     model = Model()
     with torch.autocast('cpu', torch.bfloat16):
-        x = model()
+        x = attach(model.weight * 2, model.balance * 1)
     x.float().backward(ONE_HOT)
     model()
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit.* is deprecated')
+@pytest.mark.parametrize('kind', ['scripted', 'traced', 'vmap'])
+def test_a_loss_out_of_sight_counts_once_beside_a_division_and_the_next_forward_says_so(kind: str) -> None:
+    out_of_sight = {
+        'scripted': lambda: torch.jit.script(F.mse_loss),
+        'traced': lambda: torch.jit.trace(lambda x, y: (x - y).square(), (torch.ones(B, C), ONE_HOT)),
+        'vmap': lambda: torch.func.vmap(F.mse_loss),
+    }[kind]()
+    model = Model()
+    (out_of_sight(model(), ONE_HOT).mean() / 4).backward()
+    assert model.factor() == pytest.approx(1)
+    with pytest.warns(UserWarning, match=UNFOLLOWED):
+        model()
 
 
 def test_a_backward_pass_that_fails_leaves_nothing_behind() -> None:

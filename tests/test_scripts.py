@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from torchvision.transforms.functional import to_pil_image
 from timm_ait.card import RARE, RECIPE
 
 CHECKOUT = os.environ.get('TIMM_CHECKOUT', '')
-RECIPES = sorted((Path(__file__).parents[1] / 'benchmarks' / 'recipes').glob('*.yaml'))
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / 'benchmarks' / 'recipes').glob('*.yaml'))
 CLASSES = 3
 TOY = ['--num-classes', str(CLASSES), '--train-split', 'train', '--val-split', 'test', '--device', 'cpu']
 TOY += ['--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--workers', '1', '--batch-size', '12']
@@ -152,6 +155,32 @@ def test_scripts_without_device_modules_run_with_the_launcher(bench: Path) -> No
               'timm_ait', 'validate.py', '--data-dir', 'data', '--split', 'test', '--device', 'cpu', '--workers', '1',
               '--num-classes', str(CLASSES), *weights)  # fmt: skip
     assert (bench / 'bulk.csv').exists(), log
+
+
+def test_onnx_export_py_writes_a_model_for_evaluation_and_refuses_training(bench: Path) -> None:
+    onnxruntime = pytest.importorskip('onnxruntime')
+    args = ['-m', 'timm_ait', 'onnx_export.py', 'test_ait.onnx', '--model', 'test_ait', '--num-classes', str(CLASSES)]
+    run(bench, *args, '--checkpoint', save_weights(bench, 'test_ait'))
+    model = timm.create_model('test_ait', num_classes=CLASSES, checkpoint_path=str(bench / 'test_ait.safetensors'))
+    images = torch.randn(1, 3, 32, 32)
+    session = onnxruntime.InferenceSession(bench / 'test_ait.onnx')
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model.eval()(images).detach(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError, match='an exported model cannot write its memory'):
+        run(bench, *args, '--training')
+
+
+def test_the_commands_of_the_documents_have_options_that_the_scripts_know(bench: Path) -> None:
+    commands = []
+    for path in (*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')):
+        for block in re.findall(r'```sh\n(.*?)```', path.read_text(encoding='utf-8'), re.DOTALL):
+            for line in block.replace('\\\n', ' ').splitlines():
+                words = shlex.split(line, comments=True)
+                scripts = [word for word in words if word in ('train.py', 'validate.py')]
+                commands += [(script[:-3], words[words.index(script) + 1 :]) for script in scripts]
+    assert {script for script, _ in commands} == {'train', 'validate'}
+    parse = 'import importlib, json, sys\nfor name, words in json.loads(sys.argv[1]):\n    '
+    run(bench, '-c', parse + 'importlib.import_module(name).parser.parse_args(words)', json.dumps(commands))
 
 
 def test_a_recipe_holds_every_option_of_train_py_that_is_not_of_the_machine_or_its_files(bench: Path) -> None:

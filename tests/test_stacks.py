@@ -306,6 +306,7 @@ def test_trainings_in_two_threads_keep_their_own_scales() -> None:
     assert distance({name: grad * 1024 for name, grad in one.items()}, many) < 1e-4
 
 
+@pytest.mark.filterwarnings('ignore:timm_ait could not follow how the last loss')
 def test_a_loss_that_cannot_be_followed_takes_no_scale_from_another_thread() -> None:
     model, twin = make_model(), make_model()
     in_the_middle, over = threading.Barrier(2), threading.Event()

@@ -82,8 +82,7 @@ def keep_parameters_elsewhere(layer: nn.Module) -> None:
 
 def test_a_replica_of_data_parallel_is_refused() -> None:
     model = make_model()
-    keep_parameters_elsewhere(model.blocks[0].mlp)
-    model.blocks[0].mlp._is_replica = True  # as torch.nn.parallel.replicate marks its copies
+    model.blocks[0].mlp = model.blocks[0].mlp._replicate_for_data_parallel()  # as DataParallel copies each module
     with pytest.raises(ValueError, match='use DistributedDataParallel'):
         model(IMAGES)
 

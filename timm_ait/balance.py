@@ -183,7 +183,7 @@ def _is_half(x: Tensor) -> bool:
 
 UNKNOWN_SCALE = (
     'timm_ait could not follow how the last loss was computed from the outputs of the model, and took 1 for the scale '
-    'of its balance loss. Under float16 the loss is usually multiplied by a gradient scaler. Set '
+    'of its balance loss. It saw no accumulation steps, no weight and no gradient scaler. Set '
     'model.auto_balance = False and add model.balance_loss() to the loss before it is scaled'
 )
 COUNTED_ONCE = (
@@ -326,10 +326,14 @@ def track(outputs: Any) -> Any:
     if torch.compiler.is_compiling():
         return tree_map(lambda x: x.as_subclass(TrackedTensor) if type(x) is Tensor else x, outputs)
     start = _start(Forward())
-    # Changed, and not viewed: an operation in place on a view would take FSDP2's hook off it.
-    return tree_map(
-        lambda x: _tracked(x, start, is_changed=True) if type(x) is Tensor and x.requires_grad else x, outputs
-    )
+
+    def wrap(x: Any) -> Any:
+        if type(x) is not Tensor or not x.requires_grad:
+            return x
+        x.register_hook(partial(_notice_unseen, weakref.ref(x)))
+        return _tracked(x, start, is_changed=True)  # not viewed: an operation in place would take FSDP2's hook off it
+
+    return tree_map(wrap, outputs)
 
 
 def _forward_of_graph(output: Tensor) -> Forward:
@@ -366,6 +370,13 @@ def _tracked(x: Tensor, known: Track, is_changed: bool = False) -> TrackedTensor
     if known.loss is not None and x.requires_grad and x.numel() == 1:
         tensor.register_hook(partial(_report, known.loss, weakref.ref(tensor)))
     return tensor
+
+
+def _notice_unseen(tensor: Any, grad: Tensor) -> None:
+    """Note that a backward pass reaches an output of a model and no loss has told its scale."""
+    output = tensor()
+    if _innermost() is None and (output is None or _asks_for_parameters(output)):
+        _pending.add(UNKNOWN_SCALE)
 
 
 def _report(loss: Loss, tensor: Any, grad: Tensor) -> None:

@@ -141,7 +141,8 @@ def _pixels(images: Tensor) -> Tensor:
     x = x if x.shape[1] == 3 else x.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     low, high = x.amin(dim=(1, 2, 3), keepdim=True), x.amax(dim=(1, 2, 3), keepdim=True)
     x = (x - low) / (high - low).clamp_min(1e-12)
-    return F.interpolate(x, (CELL, CELL), mode='bilinear', antialias=True).permute(0, 2, 3, 1)
+    x = F.interpolate(x, (CELL, CELL), mode='bilinear', antialias=True)
+    return x.permute(0, 2, 3, 1)  # (B, 3, H, W) -> (B, H, W, 3)
 
 
 def _mosaic(names: Sequence[str], rows: Sequence[list[Tensor]], first: Sequence[Tensor] = ()) -> Any:

@@ -65,9 +65,11 @@ class Sums:
         M = slots.shape[-2]
         with without_autocast(slots):
             cosines = slots @ slots.transpose(-2, -1)
-        self.cosines.append(((cosines.sum(dim=(-2, -1)) - M) / max(M * (M - 1), 1)).flatten())
+        mean = (cosines.sum(dim=(-2, -1)) - M) / max(M * (M - 1), 1)
         values = torch.linalg.svdvals(slots)
-        self.ranks.append(torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp().flatten())
+        rank = torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp()
+        self.cosines.append(mean.flatten())  # () or (B,) -> (1,) or (B,)
+        self.ranks.append(rank.flatten())
 
     def see_shares(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook on the softmax of the retrieval; the last update counts: (T, M) or (B, N, M)."""

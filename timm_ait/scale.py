@@ -258,7 +258,8 @@ def _sum(losses: list[Loss], is_side_by_side: bool) -> Loss:
 
 
 def _merge(terms: tuple[Term, ...]) -> Term:
-    """The terms of a sum as one: the scale that they share."""
+    """The terms of a sum as one: the scale that they share. One with the weight 0 has none."""
+    terms = tuple(term for term in terms if term.weight) or terms
     first, n = terms[0], len(terms)
     if n == 1:
         return first

@@ -119,7 +119,8 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
 
     shares = torch.stack((gates, gates.detach().sign())).flatten(-2)  # (2, ..., S, M, k) -> (2, ..., S, M*k)
     zeros = shares.new_zeros(*shares.shape[:-1], num_tokens)
-    variance, mean = torch.var_mean(zeros.scatter_add_(-1, tokens.flatten(-2).expand_as(shares), shares), dim=-1)
+    tokens = tokens.flatten(-2).expand_as(shares)  # (..., S, M, k) -> (2, ..., S, M*k)
+    variance, mean = torch.var_mean(zeros.scatter_add_(-1, tokens, shares), dim=-1)
     mean = mean.detach()  # that of the importance is M / T for any gates, and the load has no gradient
     return (variance / (mean.square() + 1e-10)).sum(dim=(0, -1)).mean()  # (2, ..., S) -> (...) -> ()
 
@@ -189,7 +190,7 @@ def _by_y(weights: Tensor, x: Tensor, selected: Tensor) -> Tensor:
 def _by_x(weights: Tensor, y: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
     if not _is_sparse(selected, num_tokens, _costs(y).scatter):
         return dense(weights, selected, num_tokens).t() @ y
-    tokens, order = selected.flatten().sort()
+    tokens, order = selected.flatten().sort()  # (Q, k) -> (Q*k,)
     starts = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
     queries = order // selected.shape[1]
     return F.embedding_bag(queries, y, starts, mode='sum', per_sample_weights=weights.flatten().index_select(0, order))
