@@ -123,8 +123,18 @@ FORMATS: dict[str, Callable[[nn.Module, Tensor, Path], Form]] = {
 
 
 def read_images(model: nn.Module, folder: Path, count: int) -> tuple[Tensor, Tensor]:
-    """Read ``count`` images (T, C, H, W), as the model wants them, and labels (T,), evenly spread over the classes."""
-    images, labels = zip(*DataLoader(sample_folder(folder, model, count), batch_size=500), strict=True)
+    """Read ``count`` images (T, C, H, W), as the model wants them, and labels (T,), evenly spread over the classes.
+
+    Raises:
+        ValueError: If the folder has not as many classes as the model.
+    """
+    chosen = sample_folder(folder, model, count)
+    if len(chosen.dataset.classes) != model.num_classes:
+        raise ValueError(
+            f'expected {model.num_classes} folders of classes in {folder}, got {len(chosen.dataset.classes)}; give the '
+            'folder of a split, such as DIR/test'
+        )
+    images, labels = zip(*DataLoader(chosen, batch_size=500), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
@@ -155,7 +165,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
     if args.data:
         images, labels = read_images(model, args.data, args.images)
     batch = images[: args.batch_size]
-    example = batch[:2].clone()  # torch.export saves it, and all that a view of more images would bring
+    if len(batch) < args.batch_size:
+        raise ValueError(f'--batch-size {args.batch_size} needs as many images, got {len(batch)}; raise --images')
+    example = batch[:1].repeat(2, 1, 1, 1)  # two images, or exporters take the number of images for fixed
     expected = torch.cat([model(part) for part in images.split(250)])
     rows, runs = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -196,6 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--threads', type=positive, default=1)
     parser.add_argument('--out', type=Path, help='JSON file for the numbers')
     args = parser.parse_args(argv)
+    if not timm.is_model(args.model) and ':' not in args.model:
+        parser.error(f'timm has no model {args.model}; timm.list_models() lists them')
     with told(parser, args.out and args.out.parent):
         run_all(args)
 

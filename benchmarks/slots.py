@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.writes and (is_path(args.model) or not timm.is_model(args.model)):
         parser.error(f'--writes needs the name of a model, got --model {args.model}')
+    if args.writes and (args.folder or args.checkpoint):
+        parser.error('--writes takes an untrained model and no images: leave out the folder and --checkpoint')
     if args.writes:
         torch.manual_seed(0)
         with told(parser):

@@ -97,6 +97,11 @@ def run_all(args: argparse.Namespace) -> None:
     first = load(args.data / 'train', 0, args.pretrain_images)
     second = load(args.data / 'train', args.pretrain_images, args.finetune_images)
     test = load(args.data / 'test', 0, args.test_images)
+    size, classes = tuple(first[0].shape[-2:]), len(first[1].unique())
+    if size != (32, 32) or classes != SHAPE['num_classes']:
+        raise ValueError(
+            f'expected images of (32, 32) in {SHAPE["num_classes"]} classes in {args.data}, got {size} in {classes}'
+        )
     results = compare(first, second, test, args)
     for name, values in results['finetuned'].items():
         print(f'{name}: {statistics.mean(values):.2f} % ({", ".join(f"{x:.2f}" for x in values)})')

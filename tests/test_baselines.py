@@ -150,7 +150,9 @@ def test_hopfield_coordination_reads_attractors() -> None:
 def test_the_variants_of_coordination_add_what_their_letters_say(
     name: str, is_low_rank: bool, is_hopfield: bool
 ) -> None:
-    (block, *_) = baselines.create(f'coordination{name}').mixer.blocks
+    mixer = baselines.create(f'coordination{name}').mixer
+    (block, *_) = mixer.blocks
+    assert mixer.first_slots.shape == ((32, 32) if is_low_rank else (8, 256))
     assert hasattr(block.read, 'linear_transform') == is_hopfield
     assert (block.memory is not None) == (block.balance_weight == 0.01) == is_low_rank
     assert (block.write.top_k, block.write.q.in_features) == ((512, 32) if is_low_rank else (20, 256))
@@ -293,6 +295,11 @@ def test_the_table_has_the_parameters_of_all_models_beside_those_of_the_paper(
     baselines.main([])
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == [*baselines.CATALOGUE, *baselines.AIT]
+    sizes = {name: row for name, *row in rows}
+    assert sizes['vit_base'][:4] == ['12', '768', '12', '']
+    assert sizes['coordination_d'][:4] == ['4', '256', '4', '32 x 32']
+    assert sizes['set_transformer'][:4] == ['4', '256', '4', '32 x 256']
+    assert sizes['ait_medium_patch4_32'][:4] == ['6', '768', '12', '32 x 32']
     for *_, parameters, published in rows:
         assert not published or float(parameters) == pytest.approx(float(published), abs=0.16)
     assert sum(bool(row[-1]) for row in rows) == 5

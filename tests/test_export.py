@@ -3,19 +3,21 @@
 import copy
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
 from models import memories
 from packaging.version import Version
-from PIL import Image
+from photographs import write_noise
 from torch import Tensor, nn
 
 from timm_ait import GlobalWorkspace
@@ -276,14 +278,11 @@ def test_the_script_behind_the_table_measures_every_form_at_toy_size(
 ) -> None:
     import export
 
-    for i, colour in enumerate(('black', 'white')):
-        (tmp_path / 'images' / colour).mkdir(parents=True)
-        for j in range(3):
-            Image.new('RGB', (32, 32), (100 * i + j,) * 3).save(tmp_path / 'images' / colour / f'{j}.png')
+    write_noise(tmp_path / 'images', range(10), 1)
     slow = {'AOTInductor', 'ONNX', 'torch.export'}  # each has a test above
     export.main(
         [
-            *('--data', str(tmp_path / 'images'), '--images', '3', '--batch-size', '2', '--rounds', '1'),
+            *('--data', str(tmp_path / 'images'), '--images', '4', '--batch-size', '2', '--rounds', '1'),
             *('--turns', '1', '--out', str(tmp_path / 'out.json'), '--formats', *(set(export.FORMATS) - slow)),
         ]
     )
@@ -293,5 +292,103 @@ def test_the_script_behind_the_table_measures_every_form_at_toy_size(
     assert all(row['megabytes'] > 0.1 and row['images_per_second'] > 0 for row in rows.values())
     assert rows['eager']['difference'] == 0
     assert rows['TorchScript']['difference'] < 1e-4 < rows['int8 dynamic, torch']['difference']
-    assert {row['accuracy'] for row in rows.values()} <= {0, 100 / 3, 200 / 3, 100}
+    assert {row['accuracy'] for row in rows.values()} <= {0, 25, 50, 75, 100}
     assert capsys.readouterr().out.count('\n') == 2 + len(rows)
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ('--model no_such', 'timm has no model no_such'),
+        ('--data {}', r'expected 10 folders of classes in .*, got 1; give the folder of a split, such as DIR/test'),
+        ('--data {}/test --images 2 --batch-size 3', '--batch-size 3 needs as many images, got 2; raise --images'),
+    ],
+)
+def test_the_script_says_what_it_cannot_measure(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import export
+
+    write_noise(tmp_path / 'test', range(10), 1)
+    with pytest.raises(SystemExit):
+        export.main([*words.format(tmp_path).split(), '--formats', 'eager'])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_model_is_exported_for_any_batch_also_when_one_image_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    import export
+
+    export.main('--batch-size 1 --rounds 1 --turns 1 --formats torch.export'.split())
+    assert '| torch.export |' in capsys.readouterr().out
+
+
+def test_speeds_are_images_a_second_of_every_round_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    import export
+
+    now = [0.0]
+    monkeypatch.setattr(export.time, 'perf_counter', lambda: now[0])
+
+    def form(*seconds: float) -> Callable[[Tensor], Tensor]:
+        turns = iter([s for s in seconds for _ in range(2)])
+
+        def run(x: Tensor) -> Tensor:
+            now[0] += next(turns)
+            return x
+
+        return run
+
+    found = export.speeds([form(9.0, 1.0, 2.0), form(9.0, 4.0, 5.0)], torch.zeros(20, 1), rounds=2, turns=2)
+    assert found == [[20.0, 10.0], [5.0, 4.0]]
+
+
+def test_a_row_of_the_table_is_beside_the_model_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import export
+
+    asked: list[Any] = []
+    create = timm.create_model
+    monkeypatch.setattr(export.timm, 'create_model', lambda *a, **k: asked.append((a, k)) or create(*a, **k))
+    monkeypatch.setattr(torch, 'set_num_threads', threads := Mock())
+
+    def form(model: nn.Module, images: Tensor, path: Path) -> Any:
+        path.write_bytes(bytes(2_500_000))
+        far = torch.zeros(5, 10)
+        far[2, 1] = 0.25
+        return lambda x: model(x) + far[: len(x)], path
+
+    def speeds(runs: list[Any], images: Tensor, rounds: int, turns: int) -> list[list[float]]:
+        assert (len(runs), len(images), rounds, turns) == (2, 3, 7, 4)
+        return [[10.0, 20.0, 50.0], [40.0, 10.0, 100.0]]  # four times, half and twice as fast
+
+    monkeypatch.setitem(export.FORMATS, 'TorchScript', form)
+    monkeypatch.setattr(export, 'speeds', speeds)
+    five = torch.randn(5, 3, 32, 32), torch.zeros(5, dtype=torch.long)
+    monkeypatch.setattr(export, 'read_images', lambda model, folder, count: tuple(x[:count] for x in five))
+    words = '--model ait_tiny_conv4_32 --no-pretrained --batch-size 3 --rounds 7 --turns 4 --threads 5'
+    data = ['--data', 'images', '--images', '5', '--formats', 'TorchScript']
+    export.main([*words.split(), *data, '--out', str(tmp_path / 'out.json')])
+    assert asked == [(('ait_tiny_conv4_32',), dict(pretrained=False))]
+    threads.assert_called_once_with(5)
+    (row,) = json.loads((tmp_path / 'out.json').read_text())['rows']
+    assert row.pop('difference') == pytest.approx(0.25, abs=1e-4)
+    assert row.pop('accuracy') in range(0, 101, 20)
+    assert row == dict(name='TorchScript', megabytes=2.5, images_per_second=40.0, relative=2.0)
+    shown = export.table([export.Row('form', 2.5, 0.25, 40.0, 2.0, 75.5)]).splitlines()
+    cells = zip(*([cell.strip() for cell in line.split('|')[1:-1]] for line in (shown[0], shown[2])), strict=True)
+    assert dict(cells) == {
+        'format': 'form', 'file, MB': '2.50', 'largest difference of logits': '2.5e-01', 'images/s': '40',
+        'beside eager': '2.00', 'accuracy, %': '75.50',
+    }  # fmt: skip
+
+
+def test_each_form_is_made_as_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import export
+
+    fused, _ = export.FORMATS['reparameterize_model'](make_model().eval(), images(), tmp_path / 'fused')
+    assert not any(isinstance(module, GlobalWorkspace) for module in fused.modules())
+    monkeypatch.setattr(export, '_torchao', lambda model, path, config: config)
+    monkeypatch.setattr(export, '_onnx', lambda model, images, path, dynamo: dynamo)
+    names = ('ONNX', 'ONNX, legacy', 'int8 weights, torchao', 'int8 dynamic, torchao')
+    made = [export.FORMATS[name](nn.Identity(), images(), tmp_path) for name in names]
+    assert made == [True, False, 'Int8WeightOnlyConfig', 'Int8DynamicActivationInt8WeightConfig']

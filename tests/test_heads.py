@@ -1,12 +1,14 @@
 """The script that says how many tokens a head attends to."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import heads
 import pytest
 import timm
 import torch
+from loop import weight_sum
 from photographs import write_noise
 from torch import nn
 
@@ -55,6 +57,36 @@ def test_heads_without_preference_need_nine_tenths_of_the_tokens_and_sharp_ones_
     assert all(map(torch.equal, before, model.buffers()))  # looking writes no memory
 
 
+def test_a_smaller_last_batch_counts_by_its_images() -> None:
+    model, images = timm.create_model('test_ait'), torch.randn(3, 3, 32, 32)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)  # or every image needs all tokens
+    whole, parts = (heads.head_shares(model, batches) for batches in ([images], [images[:2], images[2:]]))
+    for name, share in whole.items():
+        torch.testing.assert_close(parts[name], share)
+
+
+def test_heads_are_those_of_the_own_weights_or_of_the_checkpoint_on_so_many_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_noise(tmp_path / 'images', 'ab', 3)
+    torch.save(timm.create_model('test_ait', num_classes=3).state_dict(), tmp_path / 'three.pth')
+    seen: list[tuple[float, int]] = []
+
+    def note(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append((weight_sum(model), sum(map(len, batches))))
+        return {'attn': torch.tensor([0.5])}
+
+    monkeypatch.setattr(heads, 'head_shares', note)
+    of_file = ['--checkpoint', str(tmp_path / 'three.pth'), '--num-classes', '3']
+    for i, words in enumerate(([], of_file)):
+        common = [str(tmp_path / 'images'), '--model', 'test_ait', '--images', '4', '--batch-size', '3']
+        heads.main([*common, *words, '--output', str(tmp_path / f'{i}.png')])
+    own, mine = timm.create_model('test_ait', pretrained=True), timm.create_model('test_ait', num_classes=3)
+    mine.load_state_dict(torch.load(tmp_path / 'three.pth'))
+    assert seen == [(weight_sum(own), 4), (weight_sum(mine), 4)]
+
+
 def test_attention_within_windows_counts_the_tokens_of_a_window() -> None:
     sizes = dict(img_size=32, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2))
     model = timm.create_model('swin_tiny_patch4_window7_224', **sizes)
@@ -89,6 +121,7 @@ def test_a_model_without_attention_or_an_empty_folder_is_named() -> None:
 
 def test_an_unknown_model_or_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
+        (['--output', 'heads.json'], '--output must end with one of '),
         (['--model', 'no_such'], 'timm has no model no_such'),
         (['--model', 'test_ait'], 'No such file'),
         (['--model', 'test_ait', '--checkpoint', 'gone'], 'test_ait cannot load gone: there is no such file'),
@@ -96,7 +129,7 @@ def test_an_unknown_model_or_what_is_missing_is_named(tmp_path: Path, capsys: py
         (['--model', 'test_ait', '--device', 'foo'], 'PyTorch cannot compute on --device foo here; take cpu'),
     ):
         with pytest.raises(SystemExit):
-            heads.main([str(tmp_path / 'nowhere'), *arguments, '--output', str(tmp_path / 'heads.png')])
+            heads.main([str(tmp_path / 'nowhere'), '--output', str(tmp_path / 'heads.png'), *arguments])
         assert message in capsys.readouterr().err
 
 

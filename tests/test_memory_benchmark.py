@@ -60,9 +60,10 @@ def test_no_memory_is_the_layer_norm_of_the_feed_forward_part() -> None:
     torch.testing.assert_close(layer(x), layer.norm(layer.fc2(F.gelu(layer.fc1(x)))))
 
 
-def test_the_control_for_train_py_is_the_model_without_memory() -> None:
-    model = timm.create_model('ait_tiny_conv4_32')
-    control = controls.ait_tiny_conv4_32_no_memory()
+@pytest.mark.parametrize('name', ['ait_tiny_conv4_32', 'ait_small_patch4_32'])
+def test_the_control_for_train_py_is_the_model_without_memory(name: str) -> None:
+    model = timm.create_model(name)
+    control = getattr(controls, f'{name}_no_memory')()
     control.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 32, 32)
     control.train()(x).sum().backward()
@@ -84,6 +85,11 @@ def test_the_vit_beside_the_packaged_model_has_its_size_and_sees_its_images() ->
     tokens, wanted = (each.forward_features(torch.randn(2, 3, 32, 32)) for each in (vit, model))
     assert tokens.shape == wanted.shape
     assert resolve_model_data_config(vit) == resolve_model_data_config(model)
+    theirs, ours = (
+        {key: x.shape for key, x in each.state_dict().items() if '.mlp.' not in key} for each in (vit, model)
+    )
+    assert theirs == ours
+    assert vit.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
 
 
 def test_a_whole_copy_keeps_what_all_slots_read_alike_and_the_memory_that_starts_it_stays_orthogonal() -> None:

@@ -232,12 +232,13 @@ def test_every_batch_size_starts_from_the_same_memory_and_the_largest_difference
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1  # as the authors' memory moves in evaluation
-            return torch.stack([x.flatten(1)[:, 0], self.calls.expand(len(x))], dim=1)
+            return torch.stack([torch.full((len(x),), 2.5), self.calls.expand(len(x))], dim=1)
 
     monkeypatch.setattr(batch_sizes, 'BATCH_SIZES', (1, 2, 4))
     found = batch_sizes.measure(Counting(), (torch.zeros(4, 3, 2, 2), torch.zeros(4).long()), Settings(lr=0.0))
     # the batches count 1 2 3 4, 1 1 2 2, and 1 1 1 1
     assert {size: one['difference'] for size, one in found.items()} == {'1': 0.0, '2': 2.0, '4': 3.0}
+    assert {size: one['top1'] for size, one in found.items()} == {'1': 50.0, '2': 100.0, '4': 100.0}  # up to call 2
 
 
 # A ViT that becomes an AiT

@@ -62,6 +62,15 @@ def test_an_error_of_the_user_ends_in_a_sentence(
     assert capsys.readouterr().err.endswith(f'error: {said}\n')
 
 
+def test_a_folder_that_cannot_be_written_ends_the_script_before_its_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match='2'), told(argparse.ArgumentParser(), tmp_path / 'file'):
+        pytest.fail('hours of work')
+    assert 'File exists' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('device', ['foo', 'meta', 'lazy'])
 def test_a_device_that_computes_nothing_here_is_named(device: str) -> None:
     with pytest.raises(ValueError, match=f'cannot compute on --device {device} here; take cpu'):

@@ -3,10 +3,11 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import measure
 import memory
@@ -16,14 +17,15 @@ import timm
 import torch
 from contenders import LoopedWorkspace, vit_like
 from measure import Row, Side, compare_bytes, draw, peak_bytes, table, time_sides
+from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from variants import ADDITIVE, IMAGE
+from variants import ADDITIVE, IMAGE, NoMemory
 
-from timm_ait import GlobalWorkspace, NormalizedPatchEmbed
+from timm_ait import AttentionFreeBlock, GlobalWorkspace, NormalizedPatchEmbed
 
 B, N, E, HIDDEN = 7, 11, 17, 19
 T = B * N
@@ -108,12 +110,107 @@ def test_numbers_of_other_arguments_are_not_written_over(measured: Path, capsys:
 
 def test_the_variants_of_the_memory_stand_beside_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, 'VARIANTS', {name: memory.VARIANTS[name] for name in ('none', 'additive')})
+
+    def check(name: str, sides: Any, **options: Any) -> Row:
+        blocks = [side().model.blocks[0] for side in sides]
+        assert [type(block.mlp) for block in blocks] == [GlobalWorkspace, NoMemory]
+        assert {isinstance(block, AttentionFreeBlock) for block in blocks} == {'without self-attention' in name}
+        return time_sides(name, sides, **options)
+
+    monkeypatch.setattr(speed, 'time_sides', check)
     speed.main(['--quick', '--rows', 'variants', '--out', str(tmp_path)])
     assert list(memory.read_costs(tmp_path / 'speed-cpu-float32.json')) == [
         f'{kind}, additive / none, width 128, depth 2, {mixing} self-attention'
         for mixing in ('without', 'with')
         for kind in ('training', 'inference')
     ]
+
+
+def describe(side: Side) -> str:
+    """Blocks, layer and items of a side; then what a step starts a backward pass from, and what it changes."""
+    layers = [block.mlp for block in side.model.blocks] if hasattr(side.model, 'blocks') else [side.model]
+    words: list[Any] = [len(layers), type(layers[-1]).__name__, side.items]
+    if isinstance(layers[-1], GlobalWorkspace):
+        words += [layers[-1].write_rule, layers[-1].write_scope, *['detached'] * (not layers[-1].write_grad)]
+    words += ['unfused' for m in side.model.modules() if isinstance(m, Attention) and not m.fused_attn]
+    before = {name: x.clone() for name, x in side.model.state_dict().items()}
+    with patch('torch.autograd.backward', wraps=torch.autograd.backward) as backward:
+        side.step()
+    starts = [call.args[0] for call in backward.mock_calls]
+    words += [f'backward {1 if isinstance(start, Tensor) else len(start)}' for start in starts]
+    moved = {name.split('.')[-1] for name, x in side.model.state_dict().items() if not torch.equal(x, before[name])}
+    return ' '.join(map(str, [*words, *sorted(moved & {'memory', 'weight'})]))
+
+
+def test_both_sides_of_each_row_are_what_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, tuple[Any, ...]] = {}
+
+    def note(name: str, sides: Any, goal: float | None = None, at_least: bool = False, **options: Any) -> Row:
+        assert options in (dict(compiled=True), dict(rounds=5, seconds=0.0, threads=3, compiled=True))
+        found[name] = (*(describe(side()) for side in sides), goal, at_least)
+        return Row(name, 'seconds', goal, at_least, ours=[1.0], theirs=[1.0])
+
+    for name in ('time_sides', 'compare_bytes'):
+        monkeypatch.setattr(speed, name, note)
+    monkeypatch.setattr(speed, 'keep_freed_memory', keep := Mock())
+    monkeypatch.setattr(speed, 'table', table := Mock(return_value=''))
+    monkeypatch.setattr(speed, 'use_fused_attn', lambda: 0)
+    words = '--quick --image-tokens 8 16 --rules distinct --threads 3 --rounds 5 --compile --peak-tflops 7 --out'
+    speed.main([*words.split(), str(tmp_path)])
+    step, ait, layer = ' backward 1 memory weight', '1 GlobalWorkspace 2 published batch', '1 GlobalWorkspace'
+    costs = [f'{layer} {n} published batch backward 2 memory' for n in (128, 64)]
+    vit = ('1 Mlp 2', '1 Mlp 2 backward 1 weight')
+    training = {'False': (f'{ait} detached{step}', vit[1]), 'True': (ait + step, vit[1])}
+    image = '1 GlobalWorkspace 2 distinct image'
+    assert found == {
+        'inference, test_ait, batch 2': (ait, vit[0], 1.02, False),
+        'fused, test_ait, batch 2': ('1 FusedWorkspace 2', vit[0], 1.02, False),
+        'training, write_grad=False, test_ait, batch 2': (*training['False'], 1.07, False),
+        'peak memory, write_grad=False, test_ait, batch 2': (*training['False'], 1.10, False),
+        'training, write_grad=True, test_ait, batch 2': (*training['True'], 1.10, False),
+        'peak memory, write_grad=True, test_ait, batch 2': (*training['True'], 1.10, False),
+        'speed in training, attention not fused / fused, test_ait, batch 2': (
+            f'{ait} unfused{step}', ait + step, None, True,
+        ),
+        'throughput in inference, medium toy / ViT-Base, batch 2': (f'2{ait[1:]}', f'4{vit[0][1:]}', 1.9, True),
+        'throughput in training, medium toy / ViT-Base, batch 2': (f'2{ait[1:]}{step}', f'4{vit[1][1:]}', 1.9, True),
+        'cost per token, 128 / 64 tokens': (*costs, 1.1, False),
+        **{
+            f"speed in {use}, ours / authors' way, {n} tokens": (
+                f'{layer} {n} published batch detached{" backward 2 memory" * (use == "training")}',
+                f'1 LoopedWorkspace {n}{" backward 2" * (use == "training")} memory', None, True,
+            )
+            for n in (64, 128) for use in ('inference', 'training')
+        },
+        'inference, distinct memory of each image / memory of the batch, test_ait, batch 2': (image, ait, None, False),
+        'training, distinct memory of each image / memory of the batch, test_ait, batch 2': (
+            image + step, ait + step, None, False,
+        ),
+        **{
+            f'speed in {use}, distinct memory of an image / self-attention, {n} tokens': (
+                f'{layer} {n} distinct image{" backward 2 memory" * (use == "training")}',
+                f'1 Attention {n}{" backward 1" * (use == "training")}', None, True,
+            )
+            for n in (8, 16) for use in ('inference', 'training')
+        },
+    }  # fmt: skip
+    keep.assert_called_once()
+    assert table.call_args.args[1] == 7.0
+    arguments = json.loads((tmp_path / 'speed-cpu-float32-compiled.json').read_text())['arguments']
+    assert arguments['fused_attention'] is False
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_sides_compute_in_the_dtype_of_the_command_line_and_inference_without_a_graph(dtype: str) -> None:
+    args = speed.complete(speed.make_parser().parse_args(['--quick', '--dtype', dtype]))
+    build, seen = partial(speed.create, 'toy', 'small'), []
+    alone = speed.workspace(GlobalWorkspace, 64, True, args)
+    assert alone.model.fc1.out_features == 1
+    for side in (speed.inference(build, 2, args), speed.training(build, 2, args), alone):
+        linear = next(module for module in side.model.modules() if isinstance(module, nn.Linear))
+        linear.register_forward_hook(lambda module, args, out: seen.append((out.dtype, out.requires_grad)))
+        side.step()
+    assert seen == [(getattr(torch, dtype), has_graph) for has_graph in (False, True, True)]
 
 
 @pytest.mark.parametrize(
@@ -158,11 +255,20 @@ def test_without_a_row_that_fits_in_memory_nothing_is_drawn(tmp_path: Path, monk
 
 
 def test_the_ratio_of_a_row_is_the_median_of_its_rounds_and_is_compared_with_its_goal() -> None:
-    cost = Row('cost', 'seconds', 1.5, False, ours=[2.0, 3.0, 8.0], theirs=[2.0, 2.0, 4.0], flops=[6.0, 3.0])
-    assert (cost.ratio, cost.quartiles, cost.floor, cost.passes()) == (1.5, [1.25, 1.75], 2.0, True)
-    speedup = Row('speed', 'seconds', 1.9, True, ours=[2.0], theirs=[3.0], flops=[1.0, 2.0])
-    assert (speedup.ratio, speedup.floor, speedup.passes()) == (1.5, 2.0, False)
-    assert 'speed | 1.500 (missed) |' in table([cost, speedup], peak_tflops=1.0)
+    sides = dict(ours=[8.0, 3.0, 4.0], theirs=[16.0, 2.0, 1.0])  # ratios 0.5, 1.5 and 4; medians 4 and 2
+    cost = Row('cost', 'seconds', 1.5, False, **sides, flops=[6e6, 3e6], moved=[3.0, 1.0])
+    assert (cost.ratio, cost.quartiles, cost.floor, cost.traffic) == (1.5, [1.0, 2.75], 2.0, 3.0)
+    assert (cost.per_second, cost.passes(), replace(cost, goal=1.4).passes()) == ([0.25, 0.5], True, False)
+    speedup = Row('speed', 'seconds', 1.9, True, ours=[2.0], theirs=[3.0], flops=[1.0, 2.0], moved=[1.0, 4.0])
+    assert (speedup.ratio, speedup.floor, speedup.traffic, speedup.passes()) == (1.5, 2.0, 4.0, False)
+    memory = Row('memory', 'bytes', None, False, ours=[3e6], theirs=[2e6])
+    assert table([cost, speedup, memory], peak_tflops=1e-6).splitlines()[2:] == [
+        '| cost | 1.500 | 1.000 - 2.750 | 2.000 | 3.000 | at most 1.5 '
+        '| 0 /s, 6.00 MFLOP, 150 % of peak | 0 /s, 3.00 MFLOP, 150 % of peak |',
+        '| speed | 1.500 (missed) |  | 2.000 | 4.000 | at least 1.9 '
+        '| 0 /s, 0.00 MFLOP, 0 % of peak | 0 /s, 0.00 MFLOP, 0 % of peak |',
+        '| memory | 1.500 |  |  |  |  | 3.000 MB | 2.000 MB |',
+    ]
 
 
 def test_the_legend_names_every_mark_once() -> None:
@@ -285,6 +391,16 @@ def test_time_work_and_memory_are_those_of_an_item(monkeypatch: pytest.MonkeyPat
     assert (row.ours, row.theirs) == ([4.0], [2.0])
 
 
+def test_a_row_has_its_goal_and_direction_and_is_timed_with_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, 'set_num_threads', threads := Mock())
+    monkeypatch.setattr(measure, 'peak_bytes', lambda side: 12)
+    sides = make_sides([], (1.0, 1.0), monkeypatch)
+    row = time_sides('speed', sides, rounds=1, seconds=1.0, threads=3, goal=1.9, at_least=True)
+    assert (row.goal, row.at_least) == (1.9, True)
+    threads.assert_called_once_with(3)
+    assert compare_bytes('bytes', sides, goal=1.1).goal == 1.1
+
+
 @pytest.mark.parametrize('compiled', [False, True])
 def test_times_are_those_of_compiled_sides_where_they_are_asked_for(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
@@ -306,6 +422,18 @@ def test_peak_bytes_are_the_bytes_that_a_step_holds_at_the_same_time() -> None:
 
     out, loss, weight = 10, 1, 15  # the output and its gradient, the loss and its, and the weight's gradient
     assert peak_bytes(Side(linear, step, 1)) == 4 * (2 * out + 2 * loss + weight)
+
+
+def test_peak_bytes_are_without_the_state_of_the_optimizer() -> None:
+    linear, x = nn.Linear(50, 50, bias=False), torch.randn(1, 50)
+    optimizer = torch.optim.AdamW(linear.parameters(), fused=True)
+
+    def step() -> None:
+        linear(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert peak_bytes(Side(linear, step, 1)) < 4 * 2 * 50 * 50  # its gradient, not two moments besides
 
 
 @pytest.mark.parametrize('compiled', [False, True])

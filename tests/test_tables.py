@@ -379,6 +379,7 @@ def test_a_memory_that_is_not_the_papers_is_measured_in_our_way_alone(folder: Pa
         (dict(beta=4.0), False),
         (dict(memory_decay=0.0), False),
         (dict(retrieval_steps=3), False),
+        (dict(write_scope='image'), False),
     ],
 )
 def test_only_what_the_looped_workspace_computes_is_compared_with_it(

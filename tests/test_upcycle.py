@@ -250,3 +250,15 @@ def test_the_comparison_with_the_vit_records_all_and_goes_on_after_a_stop(
     assert {name: len(values) for name, values in record['finetuned'].items()} == dict.fromkeys(upcycle.STARTS, 2)
     assert {'cpu', 'torch', 'timm', 'commit', 'arguments', 'seconds'} <= record.keys()
     assert str(tmp_path) not in json.dumps(record['arguments']).replace(str(tmp_path / 'out'), '')
+
+
+def test_images_of_another_size_or_of_other_classes_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ('train', 'test'):
+        write_noise(tmp_path / split, range(12), 2)
+    sizes = '--pretrain-images 1 --finetune-images 1 --test-images 1 --out'.split()
+    with pytest.raises(SystemExit):
+        upcycle.main([str(tmp_path), *sizes, str(tmp_path / 'out')])
+    assert 'expected images of (32, 32) in 10 classes in ' in (said := capsys.readouterr().err)
+    assert said.endswith('got (32, 32) in 12\n')

@@ -14,6 +14,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import TensorCategory, TensorImage
 
 
+@pytest.mark.filterwarnings('ignore:timm_ait could not follow how the last loss')  # its losses have a type of their own
 def test_a_learner_leaves_the_gradients_of_the_sum() -> None:
     batches = make_batches(3)
 
