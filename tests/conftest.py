@@ -11,6 +11,14 @@ from hub_models import ARGS, REPO, make_model, save
 from hub_server import LoopbackHub
 from timm.utils import CheckpointSaver, ModelEmaV3
 
+from timm_ait import balance
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_pending() -> None:
+    """What the last backward pass of a test could not tell is told by the next forward, which may be another test's."""
+    balance._pending.clear()
+
 
 @pytest.fixture(scope='module')
 def served() -> Iterator[LoopbackHub]:

@@ -30,6 +30,14 @@ def test_a_learner_leaves_the_gradients_of_the_sum() -> None:
     assert_trains_like_by_hand(train, batches, make=make_model)
 
 
+def test_the_next_forward_says_that_the_scale_of_a_loss_of_fastai_is_out_of_sight() -> None:
+    ((images, target),) = make_batches(1)
+    model = make_model()
+    (CrossEntropyLossFlat()(model(images), TensorCategory(target)) / 4).backward()
+    with pytest.warns(UserWarning, match='timm_ait could not follow how the last loss'):
+        model(images)
+
+
 def test_images_of_fastai_are_classified_in_evaluation() -> None:
     ((images, _),) = make_batches(1)
     model = make_model().eval()
