@@ -17,6 +17,7 @@ from typing import Any
 import timm
 import torch
 from images import sample_folder
+from matplotlib.figure import Figure
 from record import check_device, check_new, positive, told, write_record
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
@@ -94,8 +95,6 @@ def print_table(shares: dict[str, Tensor]) -> None:
 
 def draw(path: Path, shares: dict[str, Tensor], title: str) -> None:
     """Draw a point a head, layer by layer, in the colour of its group."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(max(7, 0.5 * len(shares)), 4), layout='constrained')
     axes = figure.subplots()
     points = [(i, share) for i, layer in enumerate(shares.values()) for share in layer.tolist()]
@@ -122,8 +121,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--batch-size', type=int, default=20)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--output', type=Path, default=Path('heads.png'))
-    from matplotlib.figure import Figure
-
     args = parser.parse_args(argv)
     if not timm.is_model(args.model) and ':' not in args.model:
         parser.error(f'timm has no model {args.model}; timm.list_models() lists them')
