@@ -149,7 +149,12 @@ def measured() -> set[str]:
     wide: dict[str, Any] = dict(opt='muon', mlp_ratio=4.6)
     short: dict[str, Any] = dict(head='flatten', width=256)
     free, wider_free = top1_of('ait_no_attention_additive', **muon), top1_of('ait_no_attention_no_memory', **wide)
+    competing = top1_of('ait_no_attention_additive_competing', **muon)
     pairs = [
+        *(
+            ({seed: top1 for seed, top1 in competing.items() if seed in seeds}, free)
+            for seeds in (range(1, 4), range(6, 11), range(11, 21), range(6, 21))
+        ),
         (top1_of('ait_additive', **muon), top1_of('ait_no_memory', **wide)),
         *(({seed: free[seed] for seed in seeds}, wider_free) for seeds in (range(6, 11), range(11, 21), range(6, 21))),
         (wider_free, top1_of('ait_no_attention_no_memory', **muon)),
