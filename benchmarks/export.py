@@ -23,7 +23,7 @@ import timm
 import torch
 from images import sample_folder
 from loop import accuracy
-from record import positive, told, write_record
+from record import check_model, positive, told, write_record
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -208,9 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--threads', type=positive, default=1)
     parser.add_argument('--out', type=Path, help='JSON file for the numbers')
     args = parser.parse_args(argv)
-    if not timm.is_model(args.model) and ':' not in args.model:
-        parser.error(f'timm has no model {args.model}; timm.list_models() lists them')
     with told(parser, args.out and args.out.parent):
+        check_model(args.model)
         run_all(args)
 
 

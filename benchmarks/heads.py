@@ -18,7 +18,7 @@ import timm
 import torch
 from images import sample_folder
 from matplotlib.figure import Figure
-from record import check_device, check_new, positive, told, write_record
+from record import check_device, check_model, check_new, positive, told, write_record
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -122,13 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--output', type=Path, default=Path('heads.png'))
     args = parser.parse_args(argv)
-    if not timm.is_model(args.model) and ':' not in args.model:
-        parser.error(f'timm has no model {args.model}; timm.list_models() lists them')
     arguments = {key: value for key, value in vars(args).items() if key not in ('folder', 'output')}
     formats = Figure().canvas.get_supported_filetypes()
     if args.output.suffix and args.output.suffix[1:].lower() not in formats:
         parser.error(f'--output must end with one of {", ".join(sorted(formats))}, got {args.output}')
     with told(parser, args.output.parent):
+        check_model(args.model)
         check_device(args.device)
         check_new(args.output.with_suffix('.json'), arguments)
         try:

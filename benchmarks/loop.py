@@ -1,7 +1,7 @@
 """The training loop of the experiments: a classifier, from images in memory or from a data set.
 
 A run may be stopped at any time. It goes on from its last checkpoint and ends with the same weights, on a CPU bit for
-bit. That is why batches come from here and not from timm's loaders, which cannot start in the middle of an epoch.
+bit. That is why batches come from `images.py` and not from timm's loaders, which cannot start within an epoch.
 """
 
 import math

@@ -157,6 +157,12 @@ def positive(text: str) -> int:
     return value
 
 
+def check_model(name: str) -> None:
+    """Raise ValueError if timm knows no such model, and the name is no address of a folder or of the Hub."""
+    if not timm.is_model(name) and ':' not in name:
+        raise ValueError(f'timm has no model {name}; timm.list_models() lists them')
+
+
 def check_device(device: str) -> None:
     """Raise ValueError if this machine has no such device."""
     try:
