@@ -18,11 +18,13 @@ from variants import (
     ADDITIVE,
     IMAGE,
     CompetingSlots,
+    CosineLogits,
     CrossAttentionRead,
     FaintLogits,
     NoMemory,
     OrthogonalMemory,
     ResetMemory,
+    SeparateAttractors,
     UnitLogits,
 )
 
@@ -77,6 +79,8 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_additive_sum': Ablation('ait_additive with the logits of ait_image', FaintLogits, ADDITIVE),
     'ait_image_competing': Ablation('ait_image with slots that compete for tokens', CompetingSlots, IMAGE),
     'ait_additive_competing': Ablation('ait_additive with slots that compete for tokens', CompetingSlots, ADDITIVE),
+    'ait_additive_cosine': Ablation('ait_additive with cosines for logits', CosineLogits, ADDITIVE),
+    'ait_additive_separate': Ablation('ait_additive and a loss that parts attractors', SeparateAttractors, ADDITIVE),
     'ait_beta_4': Ablation('beta 4 in the place of 1', args=dict(beta=4.0)),
     'ait_slots_128': Ablation('128 slots in the place of 32', args=dict(num_slots=128)),
     'ait_slot_dim_8': Ablation('slots of width 8 in the place of 32', args=dict(slot_dim=8)),

@@ -3,6 +3,7 @@
 :data:`IMAGE` and :data:`ADDITIVE` are the keywords of the two memories that each image has of its own.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from timm_ait import GlobalWorkspace
 from timm_ait.layers import rms_norm
 from timm_ait.selection import Selection
+from timm_ait.state import MemoryWrite
 
 IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_decay=0.5)
 ADDITIVE: dict[str, Any] = dict(write_rule='additive', write_scope='image')
@@ -115,3 +117,35 @@ class CompetingSlots(GlobalWorkspace):
         shares, tokens = logits.softmax(dim=-2).topk(min(self.bottleneck, h.shape[-2]), dim=-1, sorted=False)
         total = shares.sum(dim=-1, keepdim=True)
         return Selection(shares / total, tokens, total.detach().squeeze(-1).log())
+
+
+class CosineLogits(GlobalWorkspace):
+    """Slots score tokens by the cosine with their query, times a scale that each head learns (as in Swin V2).
+
+    The scale starts at sqrt(E), so that logits have unit variance at first.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log_scale = nn.Parameter(torch.full((self.write_heads,), math.log(self.in_features) / 2))
+
+    def select(self, memory: Tensor, h: Tensor, keys: Tensor | None = None) -> Selection:
+        """Slots (M, D) and tokens (..., T, E): gates and numbers (..., S, M, k)."""
+        queries = self.log_scale.exp().view(-1, 1, 1) * F.normalize(self.fold_queries(memory), dim=-1)  # (S, M, E)
+        logits = queries @ F.normalize(h.to(memory.dtype), dim=-1).unsqueeze(-3).mT  # (..., S, M, T)
+        logits, tokens = logits.topk(min(self.bottleneck, h.shape[-2]), dim=-1, sorted=False)
+        return Selection(logits.softmax(dim=-1), tokens, logits.detach().logsumexp(dim=-1))
+
+
+class SeparateAttractors(GlobalWorkspace):
+    """A loss parts what tokens read: the mean squared cosine between two attractors, with the weight 0.1."""
+
+    def write(self, h: Tensor, memory: Tensor) -> MemoryWrite:
+        """The write of the rule, with that loss beside the balance loss."""
+        write = super().write(h, memory)
+        if not self.is_writing():
+            return write
+        a = F.normalize(self.attractors(write.memory, memory.dtype), dim=-1)  # (..., M, E)
+        pairs = self.num_slots * (self.num_slots - 1)
+        overlap = ((a @ a.mT).square().sum(dim=(-2, -1)) - self.num_slots) / pairs  # a slot and itself have 1
+        return write._replace(balance_loss=write.balance_loss + 0.1 * overlap.mean())

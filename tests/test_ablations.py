@@ -1,5 +1,6 @@
 """Each ablation changes what its name says, and nothing else."""
 
+import math
 from typing import Any
 
 import ablations
@@ -133,6 +134,32 @@ def test_slots_that_compete_share_each_token_among_them(name: str) -> None:
     found = selection.gates[1, 0, 2].sort(descending=True).values
     torch.testing.assert_close(found, largest[:4] / largest[:4].sum())
     torch.testing.assert_close(selection.lse[1, 0, 2], largest[:4].sum().log())
+
+
+def test_cosines_score_tokens_whatever_their_length_with_a_scale_for_each_head() -> None:
+    layer, h = tiny('ait_additive_cosine').blocks[0].mlp.double(), torch.randn(B, N, E).double()
+    assert layer.log_scale.exp().tolist() == pytest.approx([E**0.5] * 2)
+    with torch.no_grad():
+        layer.log_scale[0] = math.log(3)
+    layer.bottleneck = 4
+    query, h[1] = layer.fold_queries(layer.memory)[0, 2], 5 * h[1]
+    logits, tokens = (3 * F.cosine_similarity(query, h[1], dim=-1)).sort(descending=True)
+    selection = layer.select(layer.memory, h)
+    assert selection.tokens[1, 0, 2].sort().values.tolist() == tokens[:4].sort().values.tolist()
+    found = selection.gates[1, 0, 2].sort(descending=True).values
+    torch.testing.assert_close(found, logits[:4].softmax(dim=0))
+    torch.testing.assert_close(selection.lse[1, 0, 2], logits[:4].logsumexp(dim=0))
+
+
+def test_a_loss_parts_the_attractors_beside_the_balance_loss() -> None:
+    layer, h = tiny('ait_additive_separate').blocks[0].mlp.double(), torch.randn(B, N, E).double()
+    write, plain = layer.write(h, layer.memory), GlobalWorkspace.write(layer, h, layer.memory)
+    attractors = layer.linear_transform(plain.memory)
+    cosines = F.cosine_similarity(attractors.unsqueeze(1), attractors.unsqueeze(2), dim=-1)  # (B, M, M)
+    above = cosines.square().triu(1).sum(dim=(1, 2)) / (7 * 6 / 2)
+    torch.testing.assert_close(write.balance_loss - plain.balance_loss, 0.1 * above.mean())
+    layer.eval()
+    assert layer.write(h, layer.memory).balance_loss == 0
 
 
 @pytest.mark.parametrize(
