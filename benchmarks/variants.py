@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_ait import GlobalWorkspace
 from timm_ait.layers import rms_norm
-from timm_ait.selection import Selection
+from timm_ait.selection import Selection, top_gates
 from timm_ait.state import MemoryWrite
 
 IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_decay=0.5)
@@ -130,11 +130,10 @@ class CosineLogits(GlobalWorkspace):
         self.log_scale = nn.Parameter(torch.full((self.write_heads,), math.log(self.in_features) / 2))
 
     def select(self, memory: Tensor, h: Tensor, keys: Tensor | None = None) -> Selection:
-        """Slots (M, D) and tokens (..., T, E): gates and numbers (..., S, M, k)."""
+        """Slots (M, D) and tokens (B, N, E) of images: gates (B, S, M, N)."""
         queries = self.log_scale.exp().view(-1, 1, 1) * F.normalize(self.fold_queries(memory), dim=-1)  # (S, M, E)
-        logits = queries @ F.normalize(h.to(memory.dtype), dim=-1).unsqueeze(-3).mT  # (..., S, M, T)
-        logits, tokens = logits.topk(min(self.bottleneck, h.shape[-2]), dim=-1, sorted=False)
-        return Selection(logits.softmax(dim=-1), tokens, logits.detach().logsumexp(dim=-1))
+        logits = queries @ F.normalize(h.to(memory.dtype), dim=-1).unsqueeze(1).mT  # (B, S, M, N)
+        return top_gates(logits, min(self.bottleneck, h.shape[-2]))
 
 
 class SeparateAttractors(GlobalWorkspace):

@@ -1,5 +1,6 @@
 """Products with selected tokens: against dense matrices, both ways to compute them, gradients of gradients included."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from timm_ait import selection
-from timm_ait.selection import gather, scatter, top_logits, top_logits_per_image
+from timm_ait.selection import gather, scatter, top_gates, top_logits
 
 Q, E, K = 3, 5, 2
 DENSE, SPARSE = 7, 13  # tokens T: below and above six times K
@@ -49,13 +50,16 @@ def test_they_are_the_derivatives_of_one_form(num_tokens: int) -> None:
     torch.testing.assert_close(scatter(weights, selected, y, num_tokens), by_x)
 
 
-def test_each_image_has_its_own_top_logits_and_one_token_fewer_than_all_may_be_read() -> None:
-    queries, x = draw(Q, E).detach(), draw(2, DENSE, E).detach()
-    for k in (K, DENSE - 1, DENSE):
-        logits, selected = top_logits_per_image(queries, x, k)
-        products = queries @ x.transpose(1, 2)
-        torch.testing.assert_close(logits, products.gather(2, selected))
-        assert torch.equal(logits.sort(descending=True).values, products.topk(k).values)
+@pytest.mark.parametrize('k', [K, DENSE - 1, DENSE])
+def test_the_gates_of_an_image_are_zero_but_for_its_top_logits(k: int) -> None:
+    logits = draw(2, 3, Q, DENSE).detach()
+    gates, tokens, _ = top_gates(logits, k)
+    assert tokens is None
+    expected = torch.zeros_like(logits)
+    for index in itertools.product(range(2), range(3), range(Q)):
+        chosen = logits[index].argsort(descending=True)[:k]
+        expected[index][chosen] = logits[index][chosen].softmax(dim=0)
+    torch.testing.assert_close(gates, expected)
 
 
 def test_the_top_logits_are_the_highest_products(num_tokens: int) -> None:

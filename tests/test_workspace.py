@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_ait import GlobalWorkspace, hopfield_energy
 from timm_ait.hopfield import HopfieldRetrieval
-from timm_ait.selection import Selection, load_balance_loss
+from timm_ait.selection import Selection, dense_gates, load_balance_loss
 from timm_ait.workspace import squash
 
 B, N, E, H = 2, 11, 17, 19  # images, tokens, width, hidden width
@@ -127,6 +127,8 @@ def test_a_head_reads_the_values_of_its_tokens_weighted_by_its_gates() -> None:
 def test_the_balance_loss_of_two_tokens(gates: list[Any], chosen: list[Any], loss: float) -> None:
     selection = Selection(torch.tensor(gates), torch.tensor(chosen), torch.zeros(()))
     assert load_balance_loss(selection, num_tokens=2).item() == pytest.approx(loss)
+    of_all_tokens = Selection(dense_gates(selection, num_tokens=2), None, selection.lse)
+    assert load_balance_loss(of_all_tokens, num_tokens=2).item() == pytest.approx(loss)
 
 
 def test_the_gradient_of_the_balance_loss_is_that_of_the_formula_whatever_the_logits() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .hopfield import HopfieldRetrieval, hopfield_energy
 from .layers import without_autocast
 from .report import BlockReport, Sums, by_image, by_name, check_all_read, watch
-from .selection import dense, load_balance_loss
+from .selection import dense_gates, load_balance_loss
 from .workspace import GlobalWorkspace
 
 __all__ = ['DEAD', 'TWINS', 'BlockInspection', 'inspect']
@@ -141,7 +141,7 @@ def _look(
     entropy = torch.special.entr(selection.gates).sum(dim=-1).mean()
     return BlockInspection(
         slots=seen.last_slots.reshape(-1, *workspace.memory.shape).cpu(),  # (M, D) or (B, M, D) -> (C, M, D)
-        gates=_of_images(dense(selection.gates, selection.tokens, tokens.shape[-2]), B).cpu(),
+        gates=_of_images(dense_gates(selection, tokens.shape[-2]), B).cpu(),
         shares=seen.last_shares.float().view(B, N, -1).cpu(),  # (T, M) or (B, N, M) -> (B, N, M)
         energy=_energy(h.double(), attractors.double(), workspace).cpu(),
         steps=workspace.retrieval.steps,

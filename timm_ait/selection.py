@@ -6,8 +6,8 @@ in each of its three arguments:
     F(weights, y, x) = sum_qi weights[q, i] <y[q], x[selected[q, i]]>     (Q, k), (Q, E), (T, E) -> ()
 
 :func:`gather` is its derivative by ``y``, :func:`scatter` by ``x``. The gradient of each consists of the other one and
-of the derivative by ``weights``. Without them autograd would save a matrix of Q x T. The functions ``..._per_image``
-let it do so: an image has few tokens.
+of the derivative by ``weights``. Without them autograd would save a matrix of Q x T. :func:`top_gates` lets it do so,
+as an image has few tokens.
 """
 
 from typing import Any, NamedTuple
@@ -19,13 +19,12 @@ from torch.autograd import Function
 
 __all__ = [
     'Selection',
-    'dense',
+    'dense_gates',
     'gather',
-    'gather_per_image',
     'load_balance_loss',
     'scatter',
+    'top_gates',
     'top_logits',
-    'top_logits_per_image',
 ]
 
 
@@ -34,12 +33,14 @@ class Selection(NamedTuple):
 
     Attributes:
         gates: (..., S, M, k) attention weights, which sum to 1 over k.
-        tokens: (..., S, M, k) indices of the selected tokens, in [0, T).
-        lse: (..., S, M) log-sum-exp of the selected logits, without graph.
+        tokens: (..., S, M, k) indices of the selected tokens, in [0, T). None where the gates (..., S, M, T) are those
+            of all tokens, zero for a token that is not selected.
+        lse: (S, M) log-sum-exp of the selected logits, without graph, by which ranks merge what they have read. Empty
+            where they do not.
     """
 
     gates: Tensor
-    tokens: Tensor
+    tokens: Tensor | None
     lse: Tensor
 
 
@@ -82,18 +83,21 @@ def scatter(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Te
     return _Derivative.apply(weights, y, None, selected, num_tokens)
 
 
-def top_logits_per_image(queries: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """:func:`top_logits` among the tokens of each image: (Q, E), (B, N, E) -> (B, Q, k), (B, Q, k)."""
-    N = tokens.shape[1]
-    logits = torch.matmul(queries, tokens.to(queries.dtype).transpose(1, 2))  # (Q, E), (B, E, N) -> (B, Q, N)
-    if k < N:
-        return logits.topk(k, dim=-1, sorted=False)
-    return logits, torch.arange(N, device=tokens.device).expand_as(logits)
+def top_gates(logits: Tensor, k: int) -> Selection:
+    """Select k tokens by the logits (..., S, M, T) of all: gates (..., S, M, T), zero for the others."""
+    if k == logits.shape[-1]:
+        gates = logits.softmax(dim=-1)
+    else:
+        zeros = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        logits, tokens = logits.topk(k, dim=-1, sorted=False)
+        gates = zeros.scatter_(-1, tokens, logits.softmax(dim=-1))
+    return Selection(gates, None, gates.new_empty(0))
 
 
-def gather_per_image(weights: Tensor, selected: Tensor, x: Tensor) -> Tensor:
-    """:func:`gather` from the tokens of each image: (B, Q, k), (B, Q, k), (B, N, E) -> (B, Q, E)."""
-    return torch.bmm(dense(weights, selected, x.shape[1]), x)
+def dense_gates(selection: Selection, num_tokens: int) -> Tensor:
+    """The gates of all tokens, zero for those that are not selected: (..., S, M, T)."""
+    gates, tokens, _ = selection
+    return gates if tokens is None else dense(gates, tokens, num_tokens)
 
 
 def dense(weights: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
@@ -117,10 +121,14 @@ def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:
     if num_tokens <= 1 or gates.numel() == 0:
         return gates.new_zeros(())
 
-    shares = torch.stack((gates, gates.detach().sign())).flatten(-2)  # (2, ..., S, M, k) -> (2, ..., S, M*k)
-    zeros = shares.new_zeros(*shares.shape[:-1], num_tokens)
-    tokens = tokens.flatten(-2).expand_as(shares)  # (..., S, M, k) -> (2, ..., S, M*k)
-    variance, mean = torch.var_mean(zeros.scatter_add_(-1, tokens, shares), dim=-1)
+    if tokens is None:
+        load = (gates > 0).sum(dim=-2, dtype=gates.dtype)
+        totals = torch.stack((gates.sum(dim=-2), load))  # (..., S, M, T) -> (2, ..., S, T)
+    else:
+        shares = torch.stack((gates, gates.detach().sign())).flatten(-2)  # (2, ..., S, M, k) -> (2, ..., S, M*k)
+        zeros = shares.new_zeros(*shares.shape[:-1], num_tokens)
+        totals = zeros.scatter_add_(-1, tokens.flatten(-2).expand_as(shares), shares)  # (2, ..., S, T)
+    variance, mean = torch.var_mean(totals, dim=-1)
     mean = mean.detach()  # that of the importance is M / T for any gates, and the load has no gradient
     return (variance / (mean.square() + 1e-10)).sum(dim=(0, -1)).mean()  # (2, ..., S) -> (...) -> ()
 

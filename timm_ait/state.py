@@ -23,7 +23,8 @@ class MemoryWrite(NamedTuple):
         balance_loss: () the weighted balance loss of this write, differentiable.
         before: (M, D) the memory before the write.
         heads: (..., S, M, D) what each head has read for each slot, without graph.
-        lse: (..., S, M) log-sum-exp of the logits behind ``heads``: their weight beside those of other ranks.
+        lse: (S, M) log-sum-exp of the logits behind ``heads``: their weight beside those of other ranks. Empty for the
+            copies of images.
     """
 
     memory: Tensor

@@ -24,7 +24,7 @@ from .fused import FusedWorkspace
 from .hopfield import HopfieldRetrieval
 from .layers import OutputNorm, call_wide, is_plain, orthogonalise, rms_norm, unit_rows, without_autocast
 from .replay import snapshot
-from .selection import Selection, gather, gather_per_image, load_balance_loss, top_logits, top_logits_per_image
+from .selection import Selection, dense_gates, gather, load_balance_loss, top_gates, top_logits
 from .state import MemoryState, MemoryWrite
 
 __all__ = ['GlobalWorkspace', 'squash']
@@ -219,9 +219,12 @@ class GlobalWorkspace(MemoryState):
         return MemoryWrite(new, loss, memory, heads.detach(), selection.lse)
 
     def keys_and_values(self, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values (..., T, S*D) of the tokens; None where W_K and W_V can be folded into other products."""
+        """Keys and values (..., T, S*D) of the tokens; None where W_K and W_V can be folded into other products.
+
+        The values of images are not folded: the sums of an image's tokens would be larger than its values.
+        """
         keys = None if is_plain(self.query, self.key) else self.key(h)
-        return keys, None if is_plain(self.value) else self.value(h)
+        return keys, None if h.ndim == 2 and is_plain(self.value) else self.value(h)
 
     def select(self, memory: Tensor, h: Tensor, keys: Tensor | None = None) -> Selection:
         """Let every slot of every head attend to the k tokens that it scores highest (section 3.2).
@@ -230,17 +233,25 @@ class GlobalWorkspace(MemoryState):
             memory: (M, D), float32 or wider.
             h: (..., T, E), the tokens that compete.
             keys: (..., T, S*D), or None to fold W_K into the queries.
+
+        Returns:
+            The k tokens of each slot; for images the gates of all their tokens.
         """
         S, M, k = self.write_heads, len(memory), min(self.bottleneck, h.shape[-2])
-        if keys is None:
-            queries = self.fold_queries(memory).flatten(0, 1)  # (S, M, E) -> (S*M, E)
-            logits, tokens = (top_logits if h.ndim == 2 else top_logits_per_image)(queries, h, k)
-            logits, tokens = logits.unflatten(-2, (S, M)), tokens.unflatten(-2, (S, M))  # (..., S, M, k)
-        else:
+        if keys is not None:
             queries = call_wide(self.query, self.address(memory))
             queries = queries.unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
             keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).movedim(-3, -1)  # (..., T, S*D) -> (..., S, D, T)
-            logits, tokens = (queries @ keys / math.sqrt(self.slot_dim)).topk(k, dim=-1, sorted=False)
+            logits = queries @ keys / math.sqrt(self.slot_dim)  # (..., S, M, T)
+            if h.ndim == 3:
+                return top_gates(logits, k)
+            logits, tokens = logits.topk(k, dim=-1, sorted=False)
+        else:
+            queries = self.fold_queries(memory).flatten(0, 1)  # (S, M, E) -> (S*M, E)
+            if h.ndim == 3:
+                logits = torch.matmul(queries, h.to(queries.dtype).transpose(1, 2))  # (B, S*M, N)
+                return top_gates(logits.unflatten(1, (S, M)), k)
+            logits, tokens = (x.unflatten(0, (S, M)) for x in top_logits(queries, h, k))  # (S, M, k)
         return Selection(logits.softmax(dim=-1), tokens, logits.detach().logsumexp(dim=-1))
 
     def fold_queries(self, memory: Tensor) -> Tensor:
@@ -268,19 +279,24 @@ class GlobalWorkspace(MemoryState):
         Args:
             selection: (..., S, M, k).
             h: (..., T, E).
-            values: (..., T, S*D), or None to sum the tokens first and to apply W_V to the sums.
+            values: (..., T, S*D). None to apply W_V here: to the sums of a batch's tokens, to the tokens of images.
 
         Returns:
             (..., S, M, D).
         """
-        sum_tokens = gather if h.ndim == 2 else gather_per_image
-        S, M, _ = selection.gates.shape[-3:]
-        gates, tokens = selection.gates.flatten(-3, -2), selection.tokens.flatten(-3, -2)  # (..., S*M, k)
+        gates, tokens, _ = selection
+        if h.ndim == 3:
+            values = call_wide(self.value, h) if values is None else values
+            values = values.unflatten(-1, (self.write_heads, -1)).transpose(1, 2)  # (B, N, S*D) -> (B, S, N, D)
+            return torch.matmul(dense_gates(selection, h.shape[1]).to(values.dtype), values).to(gates.dtype)
+        assert tokens is not None
+        S, M, _ = gates.shape
+        weights, tokens = gates.flatten(0, 1), tokens.flatten(0, 1)  # (S, M, k) -> (S*M, k)
         if values is not None:  # the tokens of head s stand in rows s*T to (s+1)*T of one table
-            table = values.to(gates.dtype).unflatten(-1, (S, -1)).transpose(-3, -2).flatten(-3, -2)  # (..., S*T, D)
-            rows = tokens + h.shape[-2] * torch.arange(S, device=h.device).repeat_interleave(M).unsqueeze(-1)
-            return sum_tokens(gates, rows, table).unflatten(-2, (S, M))  # (..., S*M, D) -> (..., S, M, D)
-        sums = sum_tokens(gates.to(h.dtype), tokens, h).to(gates.dtype).unflatten(-2, (S, M))  # (..., S, M, E)
+            table = values.to(gates.dtype).unflatten(-1, (S, -1)).transpose(0, 1).flatten(0, 1)  # (S*T, D)
+            rows = tokens + len(h) * torch.arange(S, device=h.device).repeat_interleave(M).unsqueeze(-1)
+            return gather(weights, rows, table).unflatten(0, (S, M))  # (S*M, D) -> (S, M, D)
+        sums = gather(weights.to(h.dtype), tokens, h).to(gates.dtype).unflatten(0, (S, M))  # (S*M, E) -> (S, M, E)
         weight = self.value.weight.to(gates.dtype).unflatten(0, (S, -1))  # (S*D, E) -> (S, D, E)
         return torch.matmul(sums, weight.transpose(1, 2))
 
@@ -326,14 +342,12 @@ class GlobalWorkspace(MemoryState):
 
     def copy_memory(self, h: Tensor) -> Tensor:
         """The copies (B, M, D) that the images of the tokens ``h`` (B, N, E) write: :meth:`write` for TorchScript."""
-        B, S, memory = len(h), self.write_heads, self.memory.to(h.dtype)
+        S, memory = self.write_heads, self.memory.to(h.dtype)
         queries = self.query(self.address(memory)).unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
         keys = self.key(h).unflatten(-1, (S, -1)).permute(0, 2, 3, 1)  # (B, N, S*D) -> (B, S, D, N)
         values = self.value(h).unflatten(-1, (S, -1)).transpose(1, 2)  # (B, N, S*D) -> (B, S, N, D)
         logits = torch.matmul(queries, keys) / math.sqrt(self.slot_dim)
-        logits, tokens = logits.topk(min(self.bottleneck, h.shape[1]), dim=-1)  # (B, S, M, N) -> (B, S, M, k)
-        gates = torch.zeros(B, S, len(memory), h.shape[1], dtype=h.dtype, device=h.device)
-        gates = gates.scatter(-1, tokens, logits.softmax(dim=-1))
+        gates = top_gates(logits, min(self.bottleneck, h.shape[1])).gates  # (B, S, M, N)
         heads = self._centre(torch.matmul(gates, values))  # (B, S, M, D)
         new = self.proj(heads.transpose(1, 2).flatten(2)) + memory  # (B, M, S*D) -> (B, M, D)
         return new if self.write_rule == 'additive' else self._average(memory, self.write_norm(new))
