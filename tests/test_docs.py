@@ -155,6 +155,7 @@ def measured() -> set[str]:
             ({seed: top1 for seed, top1 in competing.items() if seed in seeds}, free)
             for seeds in (range(1, 4), range(6, 11), range(11, 21), range(6, 21))
         ),
+        ({seed: competing[seed] for seed in range(6, 21)}, wider_free),
         (top1_of('ait_additive', **muon), top1_of('ait_no_memory', **wide)),
         *(({seed: free[seed] for seed in seeds}, wider_free) for seeds in (range(6, 11), range(11, 21), range(6, 21))),
         (wider_free, top1_of('ait_no_attention_no_memory', **muon)),
