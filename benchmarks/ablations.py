@@ -16,6 +16,7 @@ from runs import count_parameters
 from torch import Tensor, nn
 from variants import (
     ADDITIVE,
+    COMPETING,
     IMAGE,
     CompetingSlots,
     CosineLogits,
@@ -78,7 +79,7 @@ ABLATIONS: dict[str, Ablation] = {
     'ait_image_logits': Ablation("ait_image with the logits of 'additive'", UnitLogits, IMAGE),
     'ait_additive_sum': Ablation('ait_additive with the logits of ait_image', FaintLogits, ADDITIVE),
     'ait_image_competing': Ablation('ait_image with slots that compete for tokens', CompetingSlots, IMAGE),
-    'ait_additive_competing': Ablation('ait_additive with slots that compete for tokens', CompetingSlots, ADDITIVE),
+    'ait_additive_competing': Ablation('ait_additive with slots that compete for tokens', args=COMPETING),
     'ait_additive_cosine': Ablation('ait_additive with cosines for logits', CosineLogits, ADDITIVE),
     'ait_additive_separate': Ablation('ait_additive and a loss that parts attractors', SeparateAttractors, ADDITIVE),
     'ait_beta_4': Ablation('beta 4 in the place of 1', args=dict(beta=4.0)),

@@ -18,7 +18,7 @@ from images import checksums, load
 from loop import Settings, evaluate, fit
 from record import check_same, positive, read_records, told, write_record
 from runs import count_parameters, draw_rows, format_mean, gains, run_each, top1_of
-from variants import ADDITIVE, IMAGE, NoMemory, WholeCopy, WideGain
+from variants import ADDITIVE, COMPETING, IMAGE, NoMemory, WholeCopy, WideGain
 
 from timm_ait import AssociativeTransformer, GlobalWorkspace, memory_report
 
@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[type[GlobalWorkspace], dict[str, Any]]] = {
     'image_whole': (WholeCopy, IMAGE),
     'image_wide': (WideGain, IMAGE),
     'additive': (GlobalWorkspace, ADDITIVE),
+    'competing': (GlobalWorkspace, COMPETING),
     'image_wide_detached': (WideGain, dict(IMAGE, write_grad=False)),
 }
 PAIRS = (  # a trained write and a detached one; as many trained parameters with a memory and without
@@ -44,6 +45,7 @@ PAIRS = (  # a trained write and a detached one; as many trained parameters with
     ('image_wide', 'image_wide_detached'),
     ('image', 'wider_mlp'),
     ('additive', 'wider_mlp'),
+    ('competing', 'additive'),
 )
 SHAPE: dict[str, Any] = dict(
     img_size=32, patch_size=4, num_heads=4, mlp_ratio=2.0, num_classes=10, class_token=False, global_pool='avg'

@@ -37,14 +37,14 @@ from timm.layers import Attention, use_fused_attn
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from variants import ADDITIVE, IMAGE
+from variants import ADDITIVE, COMPETING, IMAGE
 
 from timm_ait import GlobalWorkspace
 
 Args = argparse.Namespace
 Case = tuple[str, Callable[[str], Row]]
 
-RULES = {'distinct': IMAGE, 'additive': ADDITIVE}  # of a memory for each image
+RULES = {'distinct': IMAGE, 'additive': ADDITIVE, 'competing': COMPETING}  # of a memory for each image
 ROWS = ('inference', 'training', 'memory', 'unfused', 'depth', 'tokens', 'authors', 'image', 'attention', 'variants')
 SIZES = ('small', 'medium', 'base')
 LAYOUTS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {

@@ -1,6 +1,6 @@
 """Workspaces with one part changed, each through the methods that a workspace has for that.
 
-:data:`IMAGE` and :data:`ADDITIVE` are the keywords of the two memories that each image has of its own.
+:data:`IMAGE`, :data:`ADDITIVE` and :data:`COMPETING` are the keywords of the memories that each image has of its own.
 """
 
 import math
@@ -18,6 +18,7 @@ from timm_ait.state import MemoryWrite
 
 IMAGE: dict[str, Any] = dict(write_rule='distinct', write_scope='image', memory_decay=0.5)
 ADDITIVE: dict[str, Any] = dict(write_rule='additive', write_scope='image')
+COMPETING: dict[str, Any] = dict(ADDITIVE, write_rule='competing')
 
 
 class NoMemory(GlobalWorkspace):
@@ -106,17 +107,11 @@ class FaintLogits(GlobalWorkspace):
 
 
 class CompetingSlots(GlobalWorkspace):
-    """Slots compete for tokens, as in slot attention (Locatello et al., arXiv:2006.15055): a softmax over the slots.
+    """Slots compete for tokens as with the rule 'competing', whatever the rule."""
 
-    Each slot then takes the k tokens of which it has the largest shares, and weighs them by these.
-    """
-
-    def select(self, memory: Tensor, h: Tensor, keys: Tensor | None = None) -> Selection:
-        """Slots (M, D) and tokens (..., T, E): gates and numbers (..., S, M, k)."""
-        logits = self.fold_queries(memory) @ h.to(memory.dtype).unsqueeze(-3).mT  # (..., S, M, T)
-        shares, tokens = logits.softmax(dim=-2).topk(min(self.bottleneck, h.shape[-2]), dim=-1, sorted=False)
-        total = shares.sum(dim=-1, keepdim=True)
-        return Selection(shares / total, tokens, total.detach().squeeze(-1).log())
+    def compete(self, logits: Tensor) -> Tensor:
+        """Logarithms of the shares that each slot has in the tokens: (B, S, M, N)."""
+        return logits.log_softmax(dim=-2)
 
 
 class CosineLogits(GlobalWorkspace):

@@ -128,12 +128,10 @@ def test_slots_that_compete_share_each_token_among_them(name: str) -> None:
     layer, h = tiny(name).blocks[0].mlp.double(), torch.randn(B, N, E).double()
     shares = (layer.fold_queries(layer.memory) @ h[1].t()).softmax(dim=1)  # (S, M, N), over the slots
     layer.bottleneck = 4
-    selection = layer.select(layer.memory, h)
-    largest, tokens = shares[0, 2].sort(descending=True)
-    assert selection.tokens[1, 0, 2].sort().values.tolist() == tokens[:4].sort().values.tolist()
-    found = selection.gates[1, 0, 2].sort(descending=True).values
-    torch.testing.assert_close(found, largest[:4] / largest[:4].sum())
-    torch.testing.assert_close(selection.lse[1, 0, 2], largest[:4].sum().log())
+    gates = layer.select(layer.memory, h).gates[1, 0, 2]
+    largest, tokens = shares[0, 2].topk(4)
+    torch.testing.assert_close(gates[tokens], largest / largest.sum())
+    assert gates.count_nonzero() == 4
 
 
 def test_cosines_score_tokens_whatever_their_length_with_a_scale_for_each_head() -> None:

@@ -23,6 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     'distinct': dict(write_rule='distinct'),
     'image': dict(write_rule='distinct', write_scope='image'),
     'additive': dict(write_rule='additive', write_scope='image'),
+    'competing': dict(write_rule='competing', write_scope='image'),
 }
 kinds = pytest.mark.parametrize('kwargs', KINDS.values(), ids=KINDS)
 

@@ -218,7 +218,7 @@ def test_a_training_model_that_never_writes_can_be_exported() -> None:
     assert_agrees(torch.export.export(model, (images(),)).module(), model, [TRACED])
 
 
-@pytest.mark.parametrize('rule', ['distinct', 'additive'])
+@pytest.mark.parametrize('rule', ['distinct', 'additive', 'competing'])
 @pytest.mark.parametrize('exporter', ['export', 'script', 'onnx', 'legacy'])
 def test_images_that_write_copies_of_the_memory_are_exported_with_their_copies(
     exporter: str, rule: str, tmp_path: Path

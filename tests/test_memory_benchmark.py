@@ -37,7 +37,8 @@ def test_a_variant_differs_from_no_memory_in_what_it_adds_alone(variant: str) ->
     before = memories(model)
     model.train()(x)
     is_moved = [not torch.equal(*pair) for pair in zip(memories(model), before, strict=True)]
-    assert is_moved == [not variant.startswith(('none', 'wider_mlp', 'registers', 'frozen', 'additive'))] * 2
+    stays = ('none', 'wider_mlp', 'registers', 'frozen', 'additive', 'competing')
+    assert is_moved == [not variant.startswith(stays)] * 2
 
 
 def test_without_attention_and_memory_no_token_sees_another_and_a_memory_of_the_image_changes_that() -> None:
@@ -135,6 +136,7 @@ def test_the_variants_of_the_memory_are_what_their_names_say() -> None:
         'image_whole': (*image, 1, True, True),
         'image_wide': (*image, wide, True, False),
         'additive': ('additive', 'image', 0.9, 1, True, False),
+        'competing': ('competing', 'image', 0.9, 1, True, False),
         'image_wide_detached': (*image, wide, False, False),
     }
     assert memory.create('registers', False, 32, 1).reg_token.shape[1] == 32

@@ -79,7 +79,7 @@ def test_the_benchmark_writes_every_row_of_the_table(measured: Path) -> None:
         assert any(name.startswith(start) for name in names), start
     assert 'speed in training, attention not fused / fused, test_ait, batch 2' in names
     for part in ('memory of each image / memory of the batch', 'memory of an image / self-attention, 16 tokens'):
-        for rule in ('distinct', 'additive'):
+        for rule in ('distinct', 'additive', 'competing'):
             assert sum(f'{rule} {part}' in name for name in names) == 2, (rule, part)
     for row in record['rows']:
         numbers = [

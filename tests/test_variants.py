@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'image, few tokens': dict(write_scope='image', bottleneck=K),
     'distinct image': dict(write_rule='distinct', write_scope='image', bottleneck=K),
     'additive image': dict(write_rule='additive', write_scope='image', bottleneck=K),
+    'competing image': dict(write_rule='competing', write_scope='image', bottleneck=K),
 }
 IMAGE = {name: kwargs for name, kwargs in VARIANTS.items() if 'write_scope' in kwargs}
 variants = partial(pytest.mark.parametrize, 'kwargs')
@@ -73,7 +74,7 @@ def reference(layer: GlobalWorkspace, x: Tensor) -> tuple[Tensor, Tensor]:
     """One training forward, slot by slot: output and memory."""
     h = layer.norm(layer.fc2(F.gelu(layer.fc1(x))))
     groups = list(h) if layer.write_scope == 'image' else [h.flatten(0, 1)]
-    is_additive = layer.write_rule == 'additive'
+    is_additive = layer.write_rule in ('additive', 'competing')
     read = 3 * math.sqrt(D) * layer.memory / layer.memory.norm(dim=1, keepdim=True) if is_additive else layer.memory
     written = []
     for tokens in groups:  # (T, E), those that compete
@@ -81,8 +82,10 @@ def reference(layer: GlobalWorkspace, x: Tensor) -> tuple[Tensor, Tensor]:
         for s in range(S):
             rows = slice(s * D, (s + 1) * D)
             logits = read @ layer.query.weight[rows].t() @ (tokens @ layer.key.weight[rows].t()).t() / math.sqrt(D)
-            lowest = logits.sort(dim=-1, descending=True)[0][:, min(layer.bottleneck, len(tokens)) - 1, None]
-            gates = logits.masked_fill(logits < lowest, -torch.inf).softmax(-1)
+            weights = logits.softmax(dim=0) if layer.write_rule == 'competing' else logits.exp()  # over slots
+            lowest = weights.sort(dim=-1, descending=True)[0][:, min(layer.bottleneck, len(tokens)) - 1, None]
+            weights = weights.masked_fill(weights < lowest, 0)
+            gates = weights / weights.sum(dim=-1, keepdim=True)
             heads.append(gates @ tokens @ layer.value.weight[rows].t())
         if layer.write_rule == 'distinct':
             heads = [head - head.mean(dim=0) for head in heads]
@@ -147,7 +150,7 @@ def test_every_parameter_gets_a_gradient(kwargs: dict[str, Any]) -> None:
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert not [name for name, grad in trained.items() if grad is None or not grad.abs().max() > 0]
     frozen = {name.split('.')[-2] for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == ({'write_norm'} if kwargs.get('write_rule') == 'additive' else set())
+    assert frozen == ({'write_norm'} if kwargs.get('write_rule') in ('additive', 'competing') else set())
 
 
 @variants(VARIANTS.values(), ids=VARIANTS)
@@ -329,7 +332,7 @@ def test_evaluation_reads_the_image_at_hand_and_leaves_the_memory() -> None:
 
 
 @pytest.mark.parametrize('poison', [math.nan, math.inf])
-@pytest.mark.parametrize('rule', ['published', 'distinct', 'additive'])
+@pytest.mark.parametrize('rule', ['published', 'distinct', 'additive', 'competing'])
 def test_an_image_that_is_not_finite_spoils_neither_the_memory_nor_other_images(rule: str, poison: float) -> None:
     layer, healthy = (make_layer(write_scope='image', write_rule=rule) for _ in range(2))
     x = tokens()
@@ -409,9 +412,24 @@ def test_an_unknown_rule_or_scope_is_named(name: str) -> None:
 # Copies that add what they read
 
 
-def test_the_additive_rule_needs_a_memory_for_each_image() -> None:
-    with pytest.raises(ValueError, match="write_rule='additive' needs write_scope='image', got 'batch'; give both"):
-        make_layer(write_rule='additive')
+@pytest.mark.parametrize('rule', ['additive', 'competing'])
+def test_a_rule_that_keeps_all_it_reads_needs_a_memory_for_each_image(rule: str) -> None:
+    with pytest.raises(ValueError, match=f"write_rule='{rule}' needs write_scope='image', got 'batch'; give both"):
+        make_layer(write_rule=rule)
+
+
+def test_slots_that_compete_lose_a_token_to_the_slot_that_scores_it_highest() -> None:
+    layer = GlobalWorkspace(2, num_slots=2, slot_dim=2, write_heads=1, write_rule='competing', write_scope='image')
+    with torch.no_grad():
+        layer.query.weight.copy_(torch.eye(2))
+        layer.key.weight.copy_(100 * torch.eye(2))
+        layer.memory.copy_(torch.eye(2))  # slot m scores element m of a token
+    h = torch.tensor([[[2.0, 5.0], [3.0, 1.0], [4.0, 4.0]]])  # slot 0 wins token 1, slot 1 token 0, both have half of 2
+    gates = layer.select(layer.memory, h).gates
+    torch.testing.assert_close(gates, torch.tensor([[[[0.0, 2 / 3, 1 / 3], [2 / 3, 0.0, 1 / 3]]]]))
+    only_loses = torch.tensor([[[2.0, 5.0], [1.0, 9.0]]])  # shares of slot 0 that float32 cannot tell from zero
+    gates = layer.select(layer.memory, only_loses).gates
+    torch.testing.assert_close(gates, torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]]))
 
 
 def test_additive_copies_have_a_gain_and_score_tokens_by_the_direction_of_their_slots() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ['WORKSPACE_ARGS', 'check_limits', 'is_count']
 
 WRITE_MODES = ('train', 'always', 'never')
-WRITE_RULES = ('published', 'distinct', 'additive')
+WRITE_RULES = ('published', 'distinct', 'additive', 'competing')
 WRITE_SCOPES = ('batch', 'image')
 
 

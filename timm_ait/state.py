@@ -118,6 +118,10 @@ class MemoryState(nn.Module):
         """Whether every image writes and reads its own copy of the memory."""
         return self.write_scope == 'image' and self.write_mode != 'never'
 
+    def is_additive(self) -> bool:
+        """Whether a copy is the first memory, which stays as it is, plus all that its slots have read."""
+        return self.write_rule == 'additive' or self.write_rule == 'competing'
+
     def store(self, write: MemoryWrite, x: Tensor) -> None:
         """Store the memory after a write of the tokens ``x``; the only place where a forward changes the memory.
 
@@ -129,7 +133,7 @@ class MemoryState(nn.Module):
         has_other_ranks = is_distributed(self.process_group)
         with torch.no_grad(), out_of_sight():
             memory = write.memory
-            if self.write_rule == 'additive' or (x.numel() == 0 and not has_other_ranks):
+            if self.is_additive() or (x.numel() == 0 and not has_other_ranks):
                 memory = write.before
             elif self.has_copies():
                 memory = memory.sum(dim=0)  # its direction counts, its length does not

@@ -51,9 +51,9 @@ class GlobalWorkspace(MemoryState):
     In distributed training all ranks write one memory. Where only some ranks share the layer, set ``process_group`` to
     their group, as for a SyncBatchNorm.
 
-    For another write or another retrieval override :meth:`address`, :meth:`select`, :meth:`write`, :meth:`update`,
-    :meth:`slots` or :meth:`read`, and give a model the new class as its ``workspace_layer``. What :meth:`update` leaves
-    must be what :meth:`slots` reads: here rows of unit length.
+    For another write or another retrieval override :meth:`address`, :meth:`compete`, :meth:`select`, :meth:`write`,
+    :meth:`update`, :meth:`slots` or :meth:`read`, and give a model the new class as its ``workspace_layer``. What
+    :meth:`update` leaves must be what :meth:`slots` reads: here rows of unit length.
 
     Args:
         in_features: E.
@@ -63,7 +63,8 @@ class GlobalWorkspace(MemoryState):
         write_heads: S.
         bottleneck: k, tokens that a slot may read per head; all tokens where there are fewer.
         beta: Inverse temperature of the retrieval.
-        memory_decay: Weight of the old memory in the running average, see :meth:`update`. 'additive' does not use it.
+        memory_decay: Weight of the old memory in the running average, see :meth:`update`; 'additive' and 'competing' do
+            not use it.
         balance_weight: Weight of the balance loss; 0 computes none.
         retrieval_steps: Hopfield updates per token.
         write_mode: 'train' writes in training mode only, 'always' in evaluation too (as the authors do), 'never' not
@@ -75,7 +76,8 @@ class GlobalWorkspace(MemoryState):
             that it says, starts from orthogonal slots and turns them back towards orthogonal ones after each write, and
             learns a gain (E,) on the retrieval that starts at 1. 'additive' is for ``write_scope='image'`` alone: slots
             score tokens with logits of unit variance from the start, and a copy is ``gamma + W_O heads``, of any
-            length. It has orthogonal slots, which stay as they are, and the gain.
+            length. It has orthogonal slots, which stay as they are, and the gain. 'competing' is that rule with slots
+            that compete for tokens, see :meth:`compete`.
         write_scope: 'batch' as in the paper: the tokens of the batch write into one memory, and evaluation reads what
             training has written. 'image': every image writes its own tokens into a copy of the memory and reads the
             copy, in evaluation too. The memory itself starts every copy, and moves by their mean.
@@ -119,8 +121,8 @@ class GlobalWorkspace(MemoryState):
         super().__init__(num_slots, slot_dim, balance_weight, write_mode, write_rule, write_scope, **dd)
         self.in_features, self.write_heads, self.bottleneck = in_features, write_heads, bottleneck
         self.memory_decay, self.write_grad, self.retrieval_scale = memory_decay, write_grad, retrieval_scale
-        if write_rule == 'additive' and write_scope != 'image':
-            raise ValueError(f"write_rule='additive' needs write_scope='image', got {write_scope!r}; give both")
+        if self.is_additive() and write_scope != 'image':
+            raise ValueError(f"write_rule={write_rule!r} needs write_scope='image', got {write_scope!r}; give both")
         hidden_features = hidden_features or in_features
 
         # feed-forward part, normalised on its output
@@ -244,13 +246,13 @@ class GlobalWorkspace(MemoryState):
             keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).movedim(-3, -1)  # (..., T, S*D) -> (..., S, D, T)
             logits = queries @ keys / math.sqrt(self.slot_dim)  # (..., S, M, T)
             if h.ndim == 3:
-                return top_gates(logits, k)
+                return top_gates(self.compete(logits), k)
             logits, tokens = logits.topk(k, dim=-1, sorted=False)
         else:
             queries = self.fold_queries(memory).flatten(0, 1)  # (S, M, E) -> (S*M, E)
             if h.ndim == 3:
                 logits = torch.matmul(queries, h.to(queries.dtype).transpose(1, 2))  # (B, S*M, N)
-                return top_gates(logits.unflatten(1, (S, M)), k)
+                return top_gates(self.compete(logits.unflatten(1, (S, M))), k)
             logits, tokens = (x.unflatten(0, (S, M)) for x in top_logits(queries, h, k))  # (S, M, k)
         return Selection(logits.softmax(dim=-1), tokens, logits.detach().logsumexp(dim=-1))
 
@@ -269,9 +271,15 @@ class GlobalWorkspace(MemoryState):
         token, and training does not part them. The rule 'additive' makes it 1: the norm brings a row's elements to unit
         variance. W_Q and W_K, as PyTorch initialises them, each divide the variance by 3, and the 3 makes up for both.
         """
-        if self.write_rule != 'additive':
-            return memory
-        return 3 * rms_norm(memory)
+        return 3 * rms_norm(memory) if self.is_additive() else memory
+
+    def compete(self, logits: Tensor) -> Tensor:
+        """The logits (B, S, M, N) by which each slot selects and weighs the tokens of its image.
+
+        With ``write_rule='competing'`` they are logarithms of shares: the slots of a head share each token by a softmax
+        over slots, as in slot attention (Locatello et al., arXiv:2006.15055).
+        """
+        return logits.log_softmax(dim=-2) if self.write_rule == 'competing' else logits
 
     def attend(self, selection: Selection, h: Tensor, values: Tensor | None = None) -> Tensor:
         """What each head reads for each slot, ``sum_j g_j W_V h_j = W_V sum_j g_j h_j``.
@@ -308,21 +316,21 @@ class GlobalWorkspace(MemoryState):
         Without the second, a row of length sqrt(D) replaces 39 % of a slot of length 1, not 10 % as ``memory_decay``
         says. Without the third, training leaves a few directions for all slots.
 
-        With ``write_rule='additive'`` it is ``gamma + W_O heads`` alone: a norm would take away how much was read.
+        With 'additive' and 'competing' it is ``gamma + W_O heads`` alone: a norm would take away how much was read.
 
         Args:
             memory: (M, D) old memory.
             heads: (..., S, M, D) what the heads have read.
 
         Returns:
-            (..., M, D) new memory, of unit rows unless 'additive'; the old one where ``heads`` is not finite.
+            (..., M, D) new memory, of unit rows with the first two rules; the old one where ``heads`` is not finite.
         """
         heads = self._centre(heads)
         # NOTE the authors concatenate the heads interleaved, (D, S); here W_O reads (S, D), as multi-head
         # attention does elsewhere. `convert.py` permutes their columns. They also drop out a tenth of W_O's output; the
         # ranks of a distributed training would then have memories that differ.
         new = call_wide(self.proj, heads.transpose(-3, -2).flatten(-2)) + memory  # (..., M, S*D) -> (..., M, D)
-        if self.write_rule != 'additive':
+        if not self.is_additive():
             new = self._average(memory, call_wide(self.write_norm, new))
         total = new.detach().sum(dim=(-2, -1), keepdim=True)
         return torch.where(total - total == 0, new, memory)  # as isfinite(), which takes four operations and not two
@@ -347,10 +355,10 @@ class GlobalWorkspace(MemoryState):
         keys = self.key(h).unflatten(-1, (S, -1)).permute(0, 2, 3, 1)  # (B, N, S*D) -> (B, S, D, N)
         values = self.value(h).unflatten(-1, (S, -1)).transpose(1, 2)  # (B, N, S*D) -> (B, S, N, D)
         logits = torch.matmul(queries, keys) / math.sqrt(self.slot_dim)
-        gates = top_gates(logits, min(self.bottleneck, h.shape[1])).gates  # (B, S, M, N)
+        gates = top_gates(self.compete(logits), min(self.bottleneck, h.shape[1])).gates  # (B, S, M, N)
         heads = self._centre(torch.matmul(gates, values))  # (B, S, M, D)
         new = self.proj(heads.transpose(1, 2).flatten(2)) + memory  # (B, M, S*D) -> (B, M, D)
-        return new if self.write_rule == 'additive' else self._average(memory, self.write_norm(new))
+        return new if self.is_additive() else self._average(memory, self.write_norm(new))
 
     def slots(self, memory: Tensor | None = None) -> Tensor:
         """The memory (M, D), by default that of the layer, as it is read: rows of unit length, whatever is stored.
@@ -418,7 +426,7 @@ class GlobalWorkspace(MemoryState):
             self.key: trains_gates,
             self.value: self.write_grad,
             self.proj: self.write_grad,
-            self.write_norm: self.write_grad and self.write_rule != 'additive',
+            self.write_norm: self.write_grad and not self.is_additive(),
         }
         for layer, is_trained in trained.items():
             if not is_trained or self.write_mode == 'never':
