@@ -156,6 +156,7 @@ def measured() -> set[str]:
             for seeds in (range(1, 4), range(6, 11), range(11, 21), range(6, 21))
         ),
         ({seed: competing[seed] for seed in range(6, 21)}, wider_free),
+        *((top1_of(f'ait_no_attention_additive_{name}', **muon), free) for name in ('cosine', 'separate')),
         (top1_of('ait_additive', **muon), top1_of('ait_no_memory', **wide)),
         *(({seed: free[seed] for seed in seeds}, wider_free) for seeds in (range(6, 11), range(11, 21), range(6, 21))),
         (wider_free, top1_of('ait_no_attention_no_memory', **muon)),
