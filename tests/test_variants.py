@@ -560,6 +560,11 @@ def test_tokens_that_are_alike_are_selected_in_torchscript_as_elsewhere(kwargs: 
         torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_without_self_attention_the_heads_of_it_need_not_divide_the_width() -> None:
+    model = make_model(**FREE, embed_dim=20, num_heads=3)
+    assert model(images(2)).shape == (2, CLASSES)
+
+
 def test_without_self_attention_additive_copies_mix_the_tokens_of_an_image_and_a_memory_of_the_batch_does_not() -> None:
     x = images(2)
     x[1] = x[0]

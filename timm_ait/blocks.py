@@ -101,7 +101,7 @@ class AttentionFreeBlock(AssociativeBlock):
     """The block without self-attention: the workspace alone mixes tokens, at a cost that is linear in their number."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{**kwargs, 'num_heads': 1})  # for an attention that is dropped: any width will do
         self.norm1, self.attn, self.ls1, self.drop_path1 = (nn.Identity() for _ in range(4))
 
     def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
