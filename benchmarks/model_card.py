@@ -88,8 +88,8 @@ To fine-tune with timm's train.py: `--device-modules timm_ait --model ait_vit_ba
   (`python benchmarks/slots.py --writes 100 --model ait_small_patch4_32`). In `test_ait.cifar10` they are one point too:
   the retrieval adds the same vector to every token, a bias. `write_rule='distinct'` keeps them apart. Do not say that
   an accuracy comes from the memory unless `slots.py` and a control without memory show it.
-- A memory was shown to gain more than a wider MLP only without self-attention: `attention=False, write_rule='additive',
-  write_scope='image'`. No weights of such a model are published.
+- A memory was shown to gain more than a wider MLP only without self-attention: `attention=False, write_scope='image'`
+  and `write_rule='competing'` or `'additive'`. No weights of such a model are published.
 - The models are for image classification and for features of images. Fairness, robustness to attacks, and images unlike
   the training data were not measured.
 
