@@ -143,7 +143,7 @@ def measured() -> set[str]:
     """Every mean with its interval that the results hold, with its sign and without: those of tables, and the
     differences between rows that the text gives."""
     again = memory.gather(RESULTS / 'memory-again')
-    texts = [memory.table(memory.gather(RESULTS / 'memory')), memory.table(again)]
+    texts = [memory.table(memory.gather(RESULTS / name)) for name in ('memory', 'memory-again', 'memory-competing')]
     texts += [tables.format_table(rows) for rows in tables.gather(RESULTS / 'tables').values()]
     muon: dict[str, Any] = dict(opt='muon', mlp_ratio=2.0)
     wide: dict[str, Any] = dict(opt='muon', mlp_ratio=4.6)

@@ -220,7 +220,7 @@ def test_it_runs_goes_on_and_shows_a_table(tmp_path: Path, capsys: pytest.Captur
         memory.gather(tmp_path)
 
 
-@pytest.mark.parametrize('results', ['memory', 'memory-again'])
+@pytest.mark.parametrize('results', ['memory', 'memory-again', 'memory-competing'])
 def test_the_published_table_is_that_of_the_results(results: str) -> None:
     folder = Path(memory.__file__).parent
     assert memory.table(memory.gather(folder / 'results' / results)) in (folder / 'MEMORY.md').read_text()
