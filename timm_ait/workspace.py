@@ -297,7 +297,7 @@ class GlobalWorkspace(MemoryState):
             values = call_wide(self.value, h) if values is None else values
             values = values.unflatten(-1, (self.write_heads, -1)).transpose(1, 2)  # (B, N, S*D) -> (B, S, N, D)
             return torch.matmul(dense_gates(selection, h.shape[1]).to(values.dtype), values).to(gates.dtype)
-        assert tokens is not None
+        assert tokens is not None, 'select() must name the tokens that the slots of a batch take'
         S, M, _ = gates.shape
         weights, tokens = gates.flatten(0, 1), tokens.flatten(0, 1)  # (S, M, k) -> (S*M, k)
         if values is not None:  # the tokens of head s stand in rows s*T to (s+1)*T of one table
