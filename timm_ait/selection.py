@@ -85,12 +85,12 @@ def scatter(weights: Tensor, selected: Tensor, y: Tensor, num_tokens: int) -> Te
 
 def top_gates(logits: Tensor, k: int) -> Selection:
     """Select k tokens by the logits (..., S, M, T) of all: gates (..., S, M, T), zero for the others."""
-    if k == logits.shape[-1]:
+    T = logits.shape[-1]
+    if k == T:
         gates = logits.softmax(dim=-1)
     else:
-        zeros = torch.zeros_like(logits, memory_format=torch.contiguous_format)
         logits, tokens = logits.topk(k, dim=-1, sorted=False)
-        gates = zeros.scatter_(-1, tokens, logits.softmax(dim=-1))
+        gates = dense(logits.softmax(dim=-1), tokens, T)
     return Selection(gates, None, gates.new_empty(0))
 
 
@@ -102,7 +102,8 @@ def dense_gates(selection: Selection, num_tokens: int) -> Tensor:
 
 def dense(weights: Tensor, selected: Tensor, num_tokens: int) -> Tensor:
     """The weights of the selected tokens, and zeros for the others: (..., k), (..., k) -> (..., T)."""
-    return weights.new_zeros(*weights.shape[:-1], num_tokens).scatter_(-1, selected, weights)
+    shape = weights.shape[:-1] + (num_tokens,)  # noqa: RUF005  TorchScript knows no star
+    return torch.zeros(shape, dtype=weights.dtype, device=weights.device).scatter_(-1, selected, weights)
 
 
 def load_balance_loss(selection: Selection, num_tokens: int) -> Tensor:

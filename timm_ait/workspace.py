@@ -221,12 +221,9 @@ class GlobalWorkspace(MemoryState):
         return MemoryWrite(new, loss, memory, heads.detach(), selection.lse)
 
     def keys_and_values(self, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values (..., T, S*D) of the tokens; None where W_K and W_V can be folded into other products.
-
-        The values of images are not folded: the sums of an image's tokens would be larger than its values.
-        """
+        """Keys and values (..., T, S*D) of the tokens; None where W_K and W_V can be folded into other products."""
         keys = None if is_plain(self.query, self.key) else self.key(h)
-        return keys, None if h.ndim == 2 and is_plain(self.value) else self.value(h)
+        return keys, None if is_plain(self.value) else self.value(h)
 
     def select(self, memory: Tensor, h: Tensor, keys: Tensor | None = None) -> Selection:
         """Let every slot of every head attend to the k tokens that it scores highest (section 3.2).
@@ -240,20 +237,23 @@ class GlobalWorkspace(MemoryState):
             The k tokens of each slot; for images the gates of all their tokens.
         """
         S, M, k = self.write_heads, len(memory), min(self.bottleneck, h.shape[-2])
+        tokens = None
         if keys is not None:
             queries = call_wide(self.query, self.address(memory))
             queries = queries.unflatten(-1, (S, -1)).transpose(0, 1)  # (M, S*D) -> (S, M, D)
             keys = keys.to(memory.dtype).unflatten(-1, (S, -1)).movedim(-3, -1)  # (..., T, S*D) -> (..., S, D, T)
             logits = queries @ keys / math.sqrt(self.slot_dim)  # (..., S, M, T)
-            if h.ndim == 3:
-                return top_gates(self.compete(logits), k)
-            logits, tokens = logits.topk(k, dim=-1, sorted=False)
-        else:
+        elif h.ndim == 3:
             queries = self.fold_queries(memory).flatten(0, 1)  # (S, M, E) -> (S*M, E)
-            if h.ndim == 3:
-                logits = torch.matmul(queries, h.to(queries.dtype).transpose(1, 2))  # (B, S*M, N)
-                return top_gates(self.compete(logits.unflatten(1, (S, M))), k)
+            logits = torch.matmul(queries, h.to(queries.dtype).transpose(1, 2))  # (B, S*M, N)
+            logits = logits.unflatten(1, (S, M))
+        else:
+            queries = self.fold_queries(memory).flatten(0, 1)
             logits, tokens = (x.unflatten(0, (S, M)) for x in top_logits(queries, h, k))  # (S, M, k)
+        if h.ndim == 3:
+            return top_gates(self.compete(logits), k)
+        if tokens is None:
+            logits, tokens = logits.topk(k, dim=-1, sorted=False)
         return Selection(logits.softmax(dim=-1), tokens, logits.detach().logsumexp(dim=-1))
 
     def fold_queries(self, memory: Tensor) -> Tensor:
@@ -287,7 +287,8 @@ class GlobalWorkspace(MemoryState):
         Args:
             selection: (..., S, M, k).
             h: (..., T, E).
-            values: (..., T, S*D). None to apply W_V here: to the sums of a batch's tokens, to the tokens of images.
+            values: (..., T, S*D), or None to apply W_V here: to the sums of a batch's tokens, which are few, and to all
+                tokens of images, whose sums would be larger than their values.
 
         Returns:
             (..., S, M, D).
